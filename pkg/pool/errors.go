@@ -14,6 +14,7 @@ var (
 	ErrNotFound     = errors.New("not found")           // no such volume, snapshot or path
 	ErrExists       = errors.New("already exists")      // the name is taken by something else
 	ErrBusy         = errors.New("operation in flight") // a conflicting call has not ended; repeat later
+	ErrToken        = errors.New("invalid token")       // a list's starting token that no list gave out
 	ErrInUse        = errors.New("in use")              // attached, mounted or open; nothing was altered
 	ErrNoSpace      = errors.New("no space")            // the pool cannot hold it
 	ErrPrecondition = errors.New("precondition failed") // possible, but not in the present state

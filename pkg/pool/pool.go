@@ -58,14 +58,18 @@ type Engine interface {
 	// Damaged lists the names of volumes that are in the pool but cannot be
 	// used, ordered.
 	Damaged() []string
+	// Counts tells how much the pool holds, without listing it.
+	Counts() Counts
 
 	// Attach makes the volume's bytes a block device, or finds the device
 	// that it already is, and brings the device to the volume's size. A
 	// volume has at most one writable and one read-only device; a read-only
-	// one is read-only in the kernel.
+	// one is read-only in the kernel, and what was written to the other
+	// before can be read from it.
 	Attach(ctx context.Context, name string, readOnly bool) (Device, error)
 	// Devices lists the devices that the volume is attached to, as the kernel
-	// tells it; the writable one first.
+	// tells it; the writable one first. It works for damaged volumes too, and
+	// so does Detach: their users must be able to leave.
 	Devices(name string) ([]Device, error)
 	// Detach takes one device of the volume away once it is proven idle, else
 	// ErrInUse. All that was written to it is on stable storage before.
@@ -73,7 +77,7 @@ type Engine interface {
 	// Blank reports whether the volume provably holds nothing but zeros,
 	// without reading it.
 	Blank(name string) (bool, error)
-	// Zero makes the whole volume read as zeros.
+	// Zero makes the whole volume read as zeros. An attached one is ErrInUse.
 	Zero(ctx context.Context, name string) error
 
 	// CreateSnapshot cuts a read-only image of a volume at one instant, or
@@ -106,6 +110,12 @@ type Capacity struct {
 	Provisioned int64 // promised: volumes at their full size, snapshots at what they may come to hold alone
 	Used        int64 // blocks in use now
 	Available   int64 // what a new volume may be promised; never negative
+	Thick       int64 // the same for a thick one: less where the pool is overcommitted
+}
+
+// Counts tells how much a pool holds.
+type Counts struct {
+	Volumes, Snapshots, Damaged int
 }
 
 // Provisioning says when a volume's blocks are taken from the pool.
@@ -152,7 +162,6 @@ type Volume struct {
 	Name         string       `json:"name"`        // unique in the pool; see [NameFor]
 	RequestName  string       `json:"requestName"` // as CreateVolume asked for it
 	Size         int64        `json:"size"`        // bytes, a multiple of SizeUnit
-	BlockSize    int          `json:"blockSize"`   // logical block size of its device, bytes
 	Provisioning Provisioning `json:"provisioning"`
 	Access       Access       `json:"access"`
 	Filesystem   string       `json:"filesystem,omitempty"`  // type; empty for block access
@@ -184,7 +193,6 @@ type Snapshot struct {
 	RequestName string    `json:"requestName"`
 	SourceID    string    `json:"sourceID"` // the volume's ID
 	Size        int64     `json:"size"`     // of the volume when it was cut, bytes
-	BlockSize   int       `json:"blockSize"`
 	Access      Access    `json:"access"`
 	Filesystem  string    `json:"filesystem,omitempty"`
 	Content     Content   `json:"content"` // of the volume when it was cut
@@ -223,6 +231,7 @@ type Condition struct {
 	Message  string // what is wrong and what to do about it
 }
 
-// SizeUnit is what every volume's size is a multiple of, in bytes: the largest
-// logical block size of disks, so that a volume fits any pool.
+// SizeUnit is the logical block size of every volume's device, in bytes, and so
+// what every volume's size is a multiple of. It is the largest that disks have,
+// so that a volume fits any of them.
 const SizeUnit = 4096

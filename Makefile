@@ -1,0 +1,101 @@
+# `make` alone lists the targets: those with words after "##".
+
+SHELL       := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+MAKEFLAGS   += --no-print-directory
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+
+VERSION  ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),unknown)
+IMAGE    ?= csi-driver:$(VERSION)
+FUZZTIME ?= 20s
+
+DEMO    := ./tests/demo
+BENCH   := ./tests/bench
+MODULES := . tests/sanity tools
+LINT    := go tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run --config=$(CURDIR)/.golangci.yml
+
+.PHONY: help
+help:
+	@awk -F ':.*## ' '/^##@/ { print "\n" substr($$0, 5) } /^[a-z-]+:.*## / { printf "  %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+##@ Build and run
+
+.PHONY: build
+build: need-go ## Build bin/csi-driver, a static binary
+	CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags '-s -w -X main.version=$(VERSION)' -o bin/csi-driver ./cmd/csi-driver
+
+.PHONY: demo
+demo: need-root need-filesystems build ## Provision, mount, snapshot, clone and grow on this machine; leaves nothing behind
+	@go run $(DEMO)
+
+.PHONY: image
+image: need-root need-go ## Build the container image, without a registry if there is none
+	@scripts/install buildah
+	@scripts/image $(IMAGE) $(VERSION)
+
+.PHONY: bench
+bench: need-root need-filesystems ## Measure latencies, the data path and memory
+	@scripts/install fio
+	@go run $(BENCH)
+
+.PHONY: clean
+clean: ## Remove what was built here
+	rm -rf bin
+
+##@ Test
+
+.PHONY: test
+test: need-root test-unit test-integration test-sanity ## All tests: unit, integration and sanity (root)
+
+.PHONY: test-unit
+test-unit: need-go ## Tests that need no privilege
+	@scripts/install gcc
+	go test -race ./...
+
+.PHONY: test-integration
+test-integration: need-root need-filesystems ## Tests on the kernel's loop devices and filesystems (root)
+	@scripts/install gcc
+	go test -race -tags integration -count=1 ./pkg/... ./tests/integration/...
+
+.PHONY: test-sanity
+test-sanity: need-root need-filesystems ## The upstream csi-sanity suite against the standalone driver (root)
+	@cd tests/sanity && go test
+
+.PHONY: fuzz
+fuzz: need-go ## Run every fuzz target for FUZZTIME (20s) each
+	@scripts/fuzz $(FUZZTIME)
+
+##@ Check
+
+.PHONY: lint
+lint: need-go ## Run golangci-lint on the driver and its tests
+	$(LINT) ./...
+	cd tests/sanity && $(LINT) ./...
+
+.PHONY: fmt
+fmt: need-go ## Format the Go code
+	gofmt -s -w cmd pkg tests
+
+.PHONY: update
+update: fmt ## Regenerate what is generated: go.mod and go.sum, docs/reference.md
+	@for module in $(MODULES); do (cd $$module && go mod tidy); done
+	@reference=$$(go run ./cmd/csi-driver reference) && echo "$$reference" >docs/reference.md
+
+.PHONY: verify
+verify: lint ## Fail if `make update` would change anything, or a linter finds something
+	@scripts/install shellcheck
+	shellcheck .ci/run scripts/*
+	@scripts/verify
+
+# What the targets above need.
+
+.PHONY: need-go need-root need-filesystems
+need-go:
+	@scripts/install go
+
+need-root:
+	@[ "$$(id -u)" = 0 ] || { echo "make $(MAKECMDGOALS) needs root: it makes loop devices and mounts" >&2; exit 1; }
+
+need-filesystems: need-go
+	@scripts/install mkfs.ext4 mkfs.xfs mkfs.btrfs

@@ -1,0 +1,108 @@
+// Package controller is the CSI Controller service for the pools of this node:
+// it makes and removes volumes and snapshots, and tells of them and of the room
+// there is. It mounts and attaches nothing; package node does.
+package controller
+
+import (
+	"context"
+	"sync"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/request"
+)
+
+// capabilities is what the service can do (CSI spec v1.13.0,
+// ControllerServiceCapability). There is no attach step: a volume is where its
+// node is.
+var capabilities = []csi.ControllerServiceCapability_RPC_Type{
+	csi.ControllerServiceCapability_RPC_CREATE_DELETE_VOLUME,
+	csi.ControllerServiceCapability_RPC_LIST_VOLUMES,
+	csi.ControllerServiceCapability_RPC_GET_CAPACITY,
+	csi.ControllerServiceCapability_RPC_CREATE_DELETE_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_LIST_SNAPSHOTS,
+	csi.ControllerServiceCapability_RPC_GET_SNAPSHOT,
+	csi.ControllerServiceCapability_RPC_CLONE_VOLUME,
+	csi.ControllerServiceCapability_RPC_EXPAND_VOLUME,
+	csi.ControllerServiceCapability_RPC_GET_VOLUME,
+	csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
+	csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH,
+	csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH,
+}
+
+// Server implements csi.ControllerServer over the pools of one node.
+type Server struct {
+	csi.UnimplementedControllerServer
+
+	pools   *pool.Set
+	segment string // the node's topology segment
+
+	alive context.Context // ends with Close; the work that outlives its call has it
+	close context.CancelFunc
+	work  sync.WaitGroup
+}
+
+// New makes the service. Close must be called before the pools are closed.
+func New(pools *pool.Set) (*Server, error) {
+	segment, err := pool.NodeSegment(pools.Node())
+	if err != nil {
+		return nil, err
+	}
+	s := &Server{pools: pools, segment: segment}
+	s.alive, s.close = context.WithCancel(context.Background())
+	return s, nil
+}
+
+// Close cuts off the work that has outlived its call, and waits until it has
+// cleaned up after itself.
+func (s *Server) Close() {
+	s.close()
+	s.work.Wait()
+}
+
+// finish runs work to its end even when the caller gives up waiting, because a
+// copy that began anew with each retry might never end. A retry meanwhile is
+// refused as in flight; one that comes later finds the result.
+func finish[T any](ctx context.Context, s *Server, work func(context.Context) (T, error)) (T, error) {
+	type outcome struct {
+		value T
+		err   error
+	}
+	done := make(chan outcome, 1)
+	s.work.Go(func() {
+		value, err := work(s.alive)
+		done <- outcome{value, err}
+	})
+	select {
+	case o := <-done:
+		return o.value, o.err
+	case <-ctx.Done():
+		var none T
+		return none, pool.Errorf(pool.ErrTimeout, "the work goes on, the call ended before it (%w); repeat the call", ctx.Err())
+	}
+}
+
+// topology is where the node's volumes and snapshots can be used.
+func (s *Server) topology() []*csi.Topology {
+	return []*csi.Topology{{Segments: map[string]string{request.TopologyKey: s.segment}}}
+}
+
+// ControllerGetCapabilities implements csi.ControllerServer.
+func (s *Server) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
+	response := &csi.ControllerGetCapabilitiesResponse{}
+	for _, c := range capabilities {
+		response.Capabilities = append(response.Capabilities, &csi.ControllerServiceCapability{
+			Type: &csi.ControllerServiceCapability_Rpc{Rpc: &csi.ControllerServiceCapability_RPC{Type: c}},
+		})
+	}
+	return response, nil
+}
+
+// required refuses a request that lacks a field.
+func required(field, value string) error {
+	if value == "" {
+		return pool.Errorf(pool.ErrInvalid, "%s is missing", field)
+	}
+	return nil
+}

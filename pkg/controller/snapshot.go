@@ -1,0 +1,150 @@
+package controller
+
+import (
+	"context"
+	"errors"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/protobuf/types/known/timestamppb"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/request"
+)
+
+// CreateSnapshot implements csi.ControllerServer.
+func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
+	if err := required("name", r.GetName()); err != nil {
+		return nil, err
+	}
+	if err := required("source_volume_id", r.GetSourceVolumeId()); err != nil {
+		return nil, err
+	}
+	if err := request.ParseSnapshotParameters(r.GetParameters()); err != nil {
+		return nil, err
+	}
+	if !request.Reachable(r.GetAccessibilityRequirements(), s.segment) {
+		return nil, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements do not allow node %s, where the volume is", s.segment)
+	}
+	name := pool.NameFor(r.GetName())
+	end, err := s.pools.BeginSnapshot(name, pool.Create)
+	if err != nil {
+		return nil, err
+	}
+	snapshot, err := finish(ctx, s, func(ctx context.Context) (pool.Snapshot, error) {
+		defer end()
+		return s.snap(ctx, r.GetName(), r.GetSourceVolumeId())
+	})
+	if err != nil {
+		return nil, err
+	}
+	return &csi.CreateSnapshotResponse{Snapshot: s.snapshot(snapshot)}, nil
+}
+
+// snap finds the snapshot of that name, or makes it.
+func (s *Server) snap(ctx context.Context, requestName, volumeID string) (pool.Snapshot, error) {
+	_, existing, err := s.pools.SnapshotNamed(requestName)
+	switch {
+	case err == nil && (existing.SourceID != volumeID || existing.RequestName != requestName):
+		return pool.Snapshot{}, pool.Errorf(pool.ErrExists, "snapshot %s exists, of volume %s", existing.ID, existing.SourceID)
+	case err == nil || !errors.Is(err, pool.ErrNotFound):
+		return existing, err
+	}
+	engine, v, release, err := s.holdSource(volumeID)
+	if err != nil {
+		return pool.Snapshot{}, err
+	}
+	defer release()
+	return engine.CreateSnapshot(ctx, pool.SnapshotSpec{RequestName: requestName, Volume: v.Name})
+}
+
+// DeleteSnapshot implements csi.ControllerServer.
+func (s *Server) DeleteSnapshot(ctx context.Context, r *csi.DeleteSnapshotRequest) (*csi.DeleteSnapshotResponse, error) {
+	if err := required("snapshot_id", r.GetSnapshotId()); err != nil {
+		return nil, err
+	}
+	end, err := s.holdSnapshot(r.GetSnapshotId(), pool.Delete)
+	if errors.Is(err, pool.ErrNotFound) {
+		return &csi.DeleteSnapshotResponse{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	engine, snapshot, err := s.pools.Snapshot(r.GetSnapshotId())
+	if errors.Is(err, pool.ErrNotFound) {
+		return &csi.DeleteSnapshotResponse{}, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	if err := engine.DeleteSnapshot(ctx, snapshot.Name); err != nil {
+		return nil, err
+	}
+	return &csi.DeleteSnapshotResponse{}, nil
+}
+
+// holdSnapshot enters an operation on the snapshot with that ID.
+func (s *Server) holdSnapshot(id string, op pool.Operation) (end func(), err error) {
+	parsed, err := pool.ParseID(id)
+	if err != nil {
+		return nil, err
+	}
+	return s.pools.BeginSnapshot(parsed.Name, op)
+}
+
+// GetSnapshot implements csi.ControllerServer.
+func (s *Server) GetSnapshot(_ context.Context, r *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
+	if err := required("snapshot_id", r.GetSnapshotId()); err != nil {
+		return nil, err
+	}
+	_, snapshot, err := s.pools.Snapshot(r.GetSnapshotId())
+	if err != nil {
+		return nil, err
+	}
+	return &csi.GetSnapshotResponse{Snapshot: s.snapshot(snapshot)}, nil
+}
+
+// ListSnapshots implements csi.ControllerServer.
+func (s *Server) ListSnapshots(_ context.Context, r *csi.ListSnapshotsRequest) (*csi.ListSnapshotsResponse, error) {
+	most, err := pageSize(r.GetMaxEntries())
+	if err != nil {
+		return nil, err
+	}
+	if id := r.GetSnapshotId(); id != "" {
+		_, snapshot, err := s.pools.Snapshot(id)
+		if errors.Is(err, pool.ErrNotFound) || err == nil && !ofVolume(snapshot, r.GetSourceVolumeId()) {
+			return &csi.ListSnapshotsResponse{}, nil
+		}
+		if err != nil {
+			return nil, err
+		}
+		return &csi.ListSnapshotsResponse{Entries: []*csi.ListSnapshotsResponse_Entry{{Snapshot: s.snapshot(snapshot)}}}, nil
+	}
+	page, next, err := s.pools.Snapshots(r.GetStartingToken(), most, func(snapshot pool.Snapshot) bool {
+		return ofVolume(snapshot, r.GetSourceVolumeId())
+	})
+	if err != nil {
+		return nil, err
+	}
+	response := &csi.ListSnapshotsResponse{NextToken: next}
+	for _, snapshot := range page {
+		response.Entries = append(response.Entries, &csi.ListSnapshotsResponse_Entry{Snapshot: s.snapshot(snapshot)})
+	}
+	return response, nil
+}
+
+func ofVolume(s pool.Snapshot, volumeID string) bool {
+	return volumeID == "" || s.SourceID == volumeID
+}
+
+// snapshot is the CSI form of a snapshot.
+func (s *Server) snapshot(snapshot pool.Snapshot) *csi.Snapshot {
+	return &csi.Snapshot{
+		SnapshotId:         snapshot.ID,
+		SourceVolumeId:     snapshot.SourceID,
+		SizeBytes:          snapshot.Size,
+		CreationTime:       timestamppb.New(snapshot.Created),
+		ReadyToUse:         true,
+		AccessibleTopology: s.topology(),
+	}
+}

@@ -1,0 +1,128 @@
+package driver
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"os"
+	"slices"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/orlop-csi/orlop/pkg/config"
+	"github.com/orlop-csi/orlop/pkg/controller"
+	"github.com/orlop-csi/orlop/pkg/node"
+	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/pool/image"
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/klog/v2"
+)
+
+// standalone is a driver with every service on one socket.
+type standalone struct {
+	options  Options
+	config   config.Config
+	registry *prometheus.Registry
+	ready    readiness
+	calls    *calls
+}
+
+// Standalone serves every CSI service for the pools of one machine, until ctx is
+// done and the calls in flight have ended. Options must be valid. An error is
+// one that keeps the driver from serving, or calls that had to be cut off.
+//
+// Volumes in use stay in use when it ends, however it ends.
+func Standalone(ctx context.Context, o Options) error {
+	c, err := config.Load(o.ConfigFile)
+	if err != nil {
+		return err
+	}
+	socket, err := listenAt(o.Endpoint)
+	if err != nil {
+		return fmt.Errorf("--endpoint: %w", err)
+	}
+	defer socket.Close()
+
+	registry, metrics := newRegistry(o.Version)
+	s := &standalone{options: o, config: c, registry: registry}
+	s.calls = newCalls(socket, metrics, &s.ready, o.ShutdownTimeout)
+	var parts []part
+	if o.MetricsAddress != "" {
+		l, err := net.Listen("tcp", o.MetricsAddress)
+		if err != nil {
+			return fmt.Errorf("--metrics-address: %w", err)
+		}
+		defer l.Close()
+		parts = append(parts, (&web{listener: l, metrics: registry, ready: &s.ready}).serve)
+	}
+	return run(ctx, append(parts, s.serve)...)
+}
+
+// serve is a [part]: it opens the pools, serves calls, and closes the pools.
+func (s *standalone) serve(ctx context.Context) (err error) {
+	s.ready.set("opening pools")
+	engines, err := s.openPools(ctx)
+	defer func() {
+		// A call that was cut off and goes on regardless must not find its
+		// pool closed; the end of the process is near.
+		if s.calls.edge.inFlight.Load() > 0 {
+			return
+		}
+		for _, e := range slices.Backward(engines) {
+			if closeErr := e.Close(); closeErr != nil {
+				err = errors.Join(err, fmt.Errorf("closing pool %s: %w", e.Info().Name, closeErr))
+			}
+		}
+	}()
+	switch {
+	case errors.Is(err, context.Canceled) && ctx.Err() != nil:
+		return nil // told to end while it was starting
+	case err != nil:
+		return err
+	}
+
+	set, err := pool.NewSet(s.options.NodeID, engines...)
+	if err != nil {
+		return fmt.Errorf("configuration %s: %w", s.options.ConfigFile, err)
+	}
+	controllerService, err := controller.New(set)
+	if err != nil {
+		return err
+	}
+	defer controllerService.Close()
+	nodeService, err := node.New(set)
+	if err != nil {
+		return err
+	}
+	csi.RegisterIdentityServer(s.calls.server, &identity{version: s.options.Version, ready: &s.ready})
+	csi.RegisterControllerServer(s.calls.server, controllerService)
+	csi.RegisterNodeServer(s.calls.server, nodeService)
+
+	collector := poolCollector[pool.Engine](engines)
+	s.registry.MustRegister(collector)
+	defer s.registry.Unregister(collector)
+
+	klog.InfoS("Serving", "version", s.options.Version, "endpoint", s.options.Endpoint, "node", s.options.NodeID, "metrics", s.options.MetricsAddress)
+	return s.calls.serve(ctx)
+}
+
+// openPools opens the pools in turn. Those that it has opened it gives even when
+// one fails.
+func (s *standalone) openPools(ctx context.Context) ([]pool.Engine, error) {
+	if err := os.Mkdir(s.options.StateDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("--state-dir: %w", err)
+	}
+	var engines []pool.Engine
+	for i, p := range s.config.Pools {
+		e, err := image.Open(ctx, image.Options{Node: s.options.NodeID, StateDir: s.options.StateDir, Pool: p})
+		if err != nil {
+			return engines, fmt.Errorf("configuration %s: pools[%d]: %w", s.options.ConfigFile, i, err)
+		}
+		engines = append(engines, e)
+		info, counts := e.Info(), e.Counts()
+		klog.InfoS("Pool open", "pool", info.Name, "id", info.ID, "reflink", info.Reflink,
+			"volumes", counts.Volumes, "snapshots", counts.Snapshots, "damaged", counts.Damaged)
+	}
+	return engines, nil
+}

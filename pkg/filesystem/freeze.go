@@ -1,0 +1,100 @@
+package filesystem
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Freeze makes the filesystem that is mounted at mountpoint consistent on its
+// device, and holds back all that would write to it until thaw is called:
+// FIFREEZE, ioctl_fsfreeze in fsfreeze(8). What can be written beforehand is,
+// so that writers are held back for a short time only.
+//
+// One that is frozen already is ErrFrozen: somebody else will thaw it, or
+// nobody, if a process died in between; then [Thaw] does. After an error
+// nothing stays frozen: a freeze that succeeds after ctx ended is thawed at
+// once.
+//
+// thaw can be called more than once, and does not wait for any context, for it
+// must not be given up. Until then the mount cannot be unmounted.
+func Freeze(ctx context.Context, mountpoint string) (thaw func() error, err error) {
+	fd, err := within(ctx, "freeze "+mountpoint, func() (int, error) { return freeze(ctx, mountpoint) }, func(fd int) {
+		thawAndClose(fd)
+	})
+	if err != nil {
+		return nil, err
+	}
+	return sync.OnceValue(func() error {
+		if err := thawAndClose(fd); err != nil {
+			return fmt.Errorf("thaw %s: %w", mountpoint, err)
+		}
+		return nil
+	}), nil
+}
+
+func freeze(ctx context.Context, mountpoint string) (int, error) {
+	fd, err := openMount(mountpoint)
+	if err != nil {
+		return -1, err
+	}
+	err = unix.Syncfs(fd)
+	if err == nil {
+		err = ctx.Err() // do not hold writers back for nobody
+	}
+	if err == nil {
+		_, err = ioctl[struct{}](fd, fiFreeze, nil)
+	}
+	if errors.Is(err, unix.EBUSY) {
+		err = ErrFrozen
+	}
+	if err != nil {
+		unix.Close(fd)
+		return -1, err
+	}
+	return fd, nil
+}
+
+// thawAndClose takes one that somebody else has thawed meanwhile for thawed.
+func thawAndClose(fd int) error {
+	defer unix.Close(fd)
+	if _, err := ioctl[struct{}](fd, fiThaw, nil); !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	return nil
+}
+
+// Thaw lets go of a filesystem that was left frozen by a process that died, and
+// tells whether it was.
+func Thaw(mountpoint string) (wasFrozen bool, err error) {
+	fd, err := openMount(mountpoint)
+	if err == nil {
+		defer unix.Close(fd)
+		_, err = ioctl[struct{}](fd, fiThaw, nil)
+	}
+	if errors.Is(err, unix.EINVAL) {
+		return false, nil
+	}
+	if err != nil {
+		return false, fmt.Errorf("thaw %s: %w", mountpoint, err)
+	}
+	return true, nil
+}
+
+// Trim discards what the filesystem that is mounted at mountpoint does not use,
+// and returns how many bytes that were: FITRIM, ioctl behind fstrim(8).
+func Trim(ctx context.Context, mountpoint string) (int64, error) {
+	return within(ctx, "trim "+mountpoint, func() (int64, error) {
+		fd, err := openMount(mountpoint)
+		if err != nil {
+			return 0, err
+		}
+		defer unix.Close(fd)
+		all := struct{ start, length, minLength uint64 }{length: 1<<64 - 1} // struct fstrim_range, linux/fs.h
+		_, err = ioctl(fd, fiTrim, &all)
+		return int64(all.length), err
+	}, nil)
+}

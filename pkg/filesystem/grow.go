@@ -1,0 +1,122 @@
+package filesystem
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+)
+
+// Grow makes the filesystem that is mounted at mountpoint as large as its
+// device, while it is in use. One that is so already is left alone; so is one
+// that lacks less than the filesystem's own unit of space. A filesystem never
+// shrinks. A read-only one is an error that says so.
+func Grow(ctx context.Context, mountpoint string) error {
+	_, err := within(ctx, "grow "+mountpoint, func() (struct{}, error) {
+		fd, err := openMount(mountpoint)
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer unix.Close(fd)
+		err = growOpen(fd)
+		if errors.Is(err, unix.EROFS) {
+			err = fmt.Errorf("it is mounted read-only: %w", err)
+		}
+		return struct{}{}, err
+	}, nil)
+	return err
+}
+
+func growOpen(fd int) error {
+	var stat unix.Statfs_t
+	if err := unix.Fstatfs(fd, &stat); err != nil {
+		return err
+	}
+	switch int64(stat.Type) {
+	case unix.EXT4_SUPER_MAGIC:
+		return growExt4(fd, uint64(stat.Bsize))
+	case unix.XFS_SUPER_MAGIC:
+		return growXFS(fd)
+	case unix.BTRFS_SUPER_MAGIC:
+		return growBtrfs(fd)
+	}
+	return fmt.Errorf("its type (%#x) cannot be grown", stat.Type)
+}
+
+// growExt4 leaves it to the kernel to see that there is nothing to do.
+func growExt4(fd int, blockSize uint64) error {
+	size, err := deviceSize(fd)
+	if err != nil {
+		return err
+	}
+	blocks := size / blockSize
+	_, err = ioctl(fd, ext4Resize, &blocks)
+	if errors.Is(err, unix.EPERM) {
+		err = fmt.Errorf("%w (the kernel refuses this when it has found errors in the filesystem: check it first)", err)
+	}
+	return err
+}
+
+func growXFS(fd int) error {
+	size, err := deviceSize(fd)
+	if err != nil {
+		return err
+	}
+	// struct xfs_fsop_geom_v1; the tail that is of no interest here is opaque.
+	var now struct {
+		blockSize, _, _, _, _, _, _, imaxpct uint32
+		dataBlocks                           uint64
+		_                                    [72]byte
+	}
+	if _, err := ioctl(fd, xfsGeometry, &now); err != nil {
+		return err
+	}
+	// struct xfs_growfs_data
+	want := struct {
+		newBlocks uint64
+		imaxpct   uint32 // also set by this call
+		_         uint32
+	}{newBlocks: size / uint64(now.blockSize), imaxpct: now.imaxpct}
+	if want.newBlocks <= now.dataBlocks {
+		return nil
+	}
+	_, err = ioctl(fd, xfsGrow, &want)
+	return err
+}
+
+// growBtrfs grows the device with the ID 1, which is the only one there is
+// after Make.
+func growBtrfs(fd int) error {
+	// struct btrfs_ioctl_vol_args
+	want := struct {
+		_    int64
+		name [4088]byte
+	}{}
+	copy(want.name[:], "1:max")
+	result, err := ioctl(fd, btrfsResize, &want)
+	if err == nil && result != 0 {
+		// enum btrfs_err_code: BTRFS_ERROR_DEV_EXCL_RUN_IN_PROGRESS
+		err = fmt.Errorf("%w: a balance or another exclusive operation runs on it (code %d)", ErrBusy, result)
+	}
+	return err
+}
+
+// deviceSize is the size in bytes of the device of a file's filesystem, which
+// must have only one.
+func deviceSize(fd int) (uint64, error) {
+	var stat unix.Stat_t
+	if err := unix.Fstat(fd, &stat); err != nil {
+		return 0, err
+	}
+	text, err := os.ReadFile(filepath.Join(sysDevice(stat.Dev), "size"))
+	if err != nil {
+		return 0, err
+	}
+	sectors, err := strconv.ParseUint(strings.TrimSpace(string(text)), 10, 54)
+	return sectors * 512, err // always of 512: kernel documentation, ABI/stable/sysfs-block
+}

@@ -1,0 +1,206 @@
+package filesystem
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"github.com/moby/sys/mountinfo"
+	"golang.org/x/sys/unix"
+)
+
+// MountPoint is one line of /proc/self/mountinfo: see proc_pid_mountinfo(5).
+type MountPoint struct {
+	ID     int    // unique among the mounts of the moment
+	Path   string // where it is mounted
+	Root   string // what of the filesystem is mounted there: "/" is all
+	Type   string // of the filesystem, by the kernel's name
+	Source string // what was mounted; for ext4, XFS and btrfs the path of a device
+
+	// Device is the number (dev_t) of the filesystem's device. For btrfs,
+	// whose files have a number of the kernel's making, it is that of Source,
+	// or 0 if there is no such device node here.
+	Device uint64
+
+	ReadOnly      bool // this mount
+	SuperReadOnly bool // the filesystem, however it is mounted
+}
+
+// Mounts lists what is mounted in this process's mount namespace. A mount may
+// be covered by another at the same path or above it.
+func Mounts() ([]MountPoint, error) {
+	infos, err := mountinfo.GetMounts(nil)
+	if err != nil {
+		return nil, fmt.Errorf("read mountinfo: %w", err)
+	}
+	mounts := make([]MountPoint, len(infos))
+	for i, info := range infos {
+		mounts[i] = MountPoint{
+			ID:            info.ID,
+			Path:          info.Mountpoint,
+			Root:          info.Root,
+			Type:          info.FSType,
+			Source:        info.Source,
+			Device:        unix.Mkdev(uint32(info.Major), uint32(info.Minor)),
+			ReadOnly:      hasOption(info.Options, "ro"),
+			SuperReadOnly: hasOption(info.VFSOptions, "ro"),
+		}
+		if info.FSType == string(Btrfs) {
+			mounts[i].Device, _ = deviceNumber(info.Source)
+		}
+	}
+	return mounts, nil
+}
+
+// MountAt returns what is mounted at exactly path, the topmost if there are
+// several, or ErrNotMounted; also where there is nothing at path. The last
+// element of path is not followed if it is a symbolic link, those before are.
+func MountAt(path string) (MountPoint, error) {
+	id, err := mountID(path)
+	if err != nil {
+		return MountPoint{}, err
+	}
+	mounts, err := Mounts()
+	if err != nil {
+		return MountPoint{}, err
+	}
+	i := slices.IndexFunc(mounts, func(m MountPoint) bool { return m.ID == id })
+	if i < 0 {
+		return MountPoint{}, fmt.Errorf("%s: %w any more", path, ErrNotMounted)
+	}
+	return mounts[i], nil
+}
+
+// mountID asks the kernel and not the list of mounts, in which a path stands as
+// it was when it was mounted, and whose order tells nothing of what covers what.
+func mountID(path string) (int, error) {
+	const flags = unix.AT_SYMLINK_NOFOLLOW | unix.AT_NO_AUTOMOUNT | unix.AT_STATX_DONT_SYNC
+	var stat unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, flags, unix.STATX_MNT_ID, &stat)
+	if err == unix.ENOENT {
+		return 0, fmt.Errorf("%s: %w: %w", path, ErrNotMounted, err)
+	}
+	if err != nil {
+		return 0, fmt.Errorf("statx %s: %w", path, err)
+	}
+	if stat.Attributes&unix.STATX_ATTR_MOUNT_ROOT == 0 {
+		return 0, fmt.Errorf("%s: %w", path, ErrNotMounted)
+	}
+	return int(stat.Mnt_id), nil
+}
+
+// UsesOf finds what this process's mount namespace does with the block device
+// of that number (dev_t): the mounts of its filesystem, and the bind mounts of
+// its device node in /dev. It knows nothing of other namespaces, nor of who has
+// the device open: only an exclusive open can prove a device idle.
+func UsesOf(device uint64) (filesystems, nodes []MountPoint, err error) {
+	mounts, err := Mounts()
+	if err != nil {
+		return nil, nil, err
+	}
+	name := kernelName(device)
+	siblings, err := btrfsSiblings(name)
+	if err != nil {
+		return nil, nil, err
+	}
+	for _, m := range mounts {
+		switch {
+		case m.Device == device:
+			filesystems = append(filesystems, m)
+		case m.Type == string(Btrfs) && slices.Contains(siblings, m.Device):
+			filesystems = append(filesystems, m)
+		case m.Type == string(Btrfs) && m.Device == 0 && len(siblings) > 0:
+			return nil, nil, fmt.Errorf("cannot tell whether %s is mounted at %s: its source %s is not a block device here",
+				name, m.Path, m.Source)
+		case (m.Type == "devtmpfs" || m.Type == "tmpfs") && m.Root != "/":
+			// The name is right even where another mount covers this one;
+			// the node behind it, where /dev is not the kernel's own.
+			if number, err := deviceNumber(m.Path); err == nil && number == device ||
+				m.Type == "devtmpfs" && m.Root == "/"+name {
+				nodes = append(nodes, m)
+			}
+		}
+	}
+	return filesystems, nodes, nil
+}
+
+// btrfsSiblings lists the devices of the mounted btrfs that a device is part
+// of, itself among them: any of them may stand as the source of a mount. It is
+// empty if no btrfs that is mounted, in whatever namespace, uses the device.
+// See btrfs(5), "/sys/fs/btrfs/UUID/devices".
+func btrfsSiblings(name string) ([]uint64, error) {
+	if name == "" {
+		return nil, nil
+	}
+	memberships, err := filepath.Glob("/sys/fs/btrfs/*/devices/" + name)
+	if err != nil {
+		return nil, err
+	}
+	var siblings []uint64
+	for _, membership := range memberships {
+		devices := filepath.Dir(membership)
+		entries, err := os.ReadDir(devices)
+		if os.IsNotExist(err) {
+			continue // unmounted meanwhile
+		}
+		if err != nil {
+			return nil, err
+		}
+		for _, entry := range entries {
+			number, err := sysNumber(filepath.Join(devices, entry.Name(), "dev"))
+			if err != nil {
+				return nil, err
+			}
+			siblings = append(siblings, number)
+		}
+	}
+	return siblings, nil
+}
+
+// deviceNumber is the number of the block device that path is a node of. It
+// asks no disk and no server.
+func deviceNumber(path string) (uint64, error) {
+	var stat unix.Statx_t
+	err := unix.Statx(unix.AT_FDCWD, path, unix.AT_NO_AUTOMOUNT|unix.AT_STATX_DONT_SYNC, unix.STATX_TYPE, &stat)
+	if err != nil {
+		return 0, err
+	}
+	if stat.Mode&unix.S_IFMT != unix.S_IFBLK {
+		return 0, fmt.Errorf("%s is not a block device", path)
+	}
+	return unix.Mkdev(stat.Rdev_major, stat.Rdev_minor), nil
+}
+
+// sysNumber reads a device number as sysfs writes it: "7:3".
+func sysNumber(path string) (uint64, error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return 0, err
+	}
+	var major, minor uint32
+	if _, err := fmt.Sscanf(string(text), "%d:%d", &major, &minor); err != nil {
+		return 0, fmt.Errorf("%s has %q: %w", path, text, err)
+	}
+	return unix.Mkdev(major, minor), nil
+}
+
+// sysDevice is the folder of a block device in sysfs.
+func sysDevice(number uint64) string {
+	return fmt.Sprintf("/sys/dev/block/%d:%d", unix.Major(number), unix.Minor(number))
+}
+
+// kernelName is what the kernel calls a block device; empty if there is none of
+// that number.
+func kernelName(number uint64) string {
+	target, err := os.Readlink(sysDevice(number))
+	if err != nil {
+		return ""
+	}
+	return filepath.Base(target)
+}
+
+func hasOption(options, option string) bool {
+	return slices.Contains(strings.Split(options, ","), option)
+}

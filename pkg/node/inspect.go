@@ -1,0 +1,185 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/orlop-csi/orlop/pkg/filesystem"
+	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/request"
+)
+
+// locate finds a volume and its uses at a path; that there are none is
+// pool.ErrNotFound.
+func (s *Server) locate(volumeID, field, path string) (pool.Engine, pool.Volume, []use, error) {
+	if err := required("volume_id", volumeID); err != nil {
+		return nil, pool.Volume{}, nil, err
+	}
+	if err := required(field, path); err != nil {
+		return nil, pool.Volume{}, nil, err
+	}
+	engine, v, err := s.pools.Volume(volumeID)
+	if err != nil {
+		return nil, pool.Volume{}, nil, err
+	}
+	resolved, err := resolve(field, path)
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, pool.Volume{}, nil, err
+	}
+	all, err := uses(engine, v.Name)
+	if err != nil {
+		return nil, pool.Volume{}, nil, err
+	}
+	here, _ := at(all, resolved)
+	if len(here) == 0 {
+		return nil, pool.Volume{}, nil, pool.Errorf(pool.ErrNotFound, "volume %s is not at %s", v.ID, path)
+	}
+	return engine, v, here, nil
+}
+
+// NodeExpandVolume implements csi.NodeServer: the device and the filesystem
+// follow the size that ControllerExpandVolume gave the volume.
+func (s *Server) NodeExpandVolume(ctx context.Context, r *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
+	if err := required("volume_id", r.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	end, err := s.pools.Begin(r.GetVolumeId(), pool.Grow)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	engine, v, here, err := s.mountedOrStaged(r)
+	if err != nil {
+		return nil, err
+	}
+	wanted, limit, err := request.Size(r.GetCapacityRange(), pool.SizeUnit, v.Size)
+	if err != nil {
+		return nil, err
+	}
+	if wanted > v.Size || limit > 0 && v.Size > limit {
+		return nil, pool.Errorf(pool.ErrOutOfRange, "volume %s has %d bytes, which is outside of the capacity_range; ControllerExpandVolume sets a volume's size", v.ID, v.Size)
+	}
+	devices, err := engine.Devices(v.Name)
+	if err != nil {
+		return nil, err
+	}
+	for _, d := range devices {
+		if _, err := engine.Attach(ctx, v.Name, d.ReadOnly); err != nil {
+			return nil, err
+		}
+	}
+	if v.Access == pool.AccessFilesystem {
+		if err := filesystem.Grow(ctx, here.Path); err != nil {
+			return nil, fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)
+		}
+	}
+	return &csi.NodeExpandVolumeResponse{CapacityBytes: v.Size}, nil
+}
+
+// mountedOrStaged finds where a filesystem can be grown: a read-only bind
+// cannot be, so that the staging path is better if it is given. A block volume
+// need only be staged.
+func (s *Server) mountedOrStaged(r *csi.NodeExpandVolumeRequest) (pool.Engine, pool.Volume, use, error) {
+	engine, v, here, err := s.locate(r.GetVolumeId(), "volume_path", r.GetVolumePath())
+	if errors.Is(err, pool.ErrNotFound) {
+		if staged, vol, volErr := s.pools.Volume(r.GetVolumeId()); volErr == nil && vol.Access == pool.AccessBlock {
+			devices, err := staged.Devices(vol.Name)
+			if err != nil {
+				return nil, pool.Volume{}, use{}, err
+			}
+			if len(devices) > 0 && r.GetVolumePath() == r.GetStagingTargetPath() {
+				return staged, vol, use{device: devices[0]}, nil
+			}
+		}
+	}
+	if err != nil {
+		return nil, pool.Volume{}, use{}, err
+	}
+	if r.GetStagingTargetPath() != "" && here[0].ReadOnly && v.Access == pool.AccessFilesystem {
+		if _, _, staged, err := s.locate(r.GetVolumeId(), "staging_target_path", r.GetStagingTargetPath()); err == nil {
+			here = staged
+		}
+	}
+	return engine, v, here[0], nil
+}
+
+// NodeGetVolumeStats implements csi.NodeServer.
+func (s *Server) NodeGetVolumeStats(ctx context.Context, r *csi.NodeGetVolumeStatsRequest) (*csi.NodeGetVolumeStatsResponse, error) {
+	_, v, here, err := s.locate(r.GetVolumeId(), "volume_path", r.GetVolumePath())
+	if err != nil {
+		return nil, err
+	}
+	if v.Access == pool.AccessBlock {
+		return &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{Unit: csi.VolumeUsage_BYTES, Total: v.Size}}}, nil
+	}
+	usage, err := filesystem.Stat(ctx, here[0].Path)
+	if err != nil {
+		return nil, fmt.Errorf("statistics of volume %s: %w", v.ID, err)
+	}
+	response := &csi.NodeGetVolumeStatsResponse{Usage: []*csi.VolumeUsage{{
+		Unit: csi.VolumeUsage_BYTES, Total: usage.Bytes.Total, Used: usage.Bytes.Used, Available: usage.Bytes.Available,
+	}}}
+	if usage.Inodes.Total > 0 { // btrfs makes them as they are needed
+		response.Usage = append(response.Usage, &csi.VolumeUsage{
+			Unit: csi.VolumeUsage_INODES, Total: usage.Inodes.Total, Used: usage.Inodes.Used, Available: usage.Inodes.Available,
+		})
+	}
+	return response, nil
+}
+
+// NodeGetVolumeHealth implements csi.NodeServer: what is wrong with the volume
+// in its pool, and with its filesystem where it is mounted.
+func (s *Server) NodeGetVolumeHealth(ctx context.Context, r *csi.NodeGetVolumeHealthRequest) (*csi.NodeGetVolumeHealthResponse, error) {
+	if err := required("volume_id", r.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	conditions, err := s.pools.VolumeHealth(ctx, r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	engine, name, err := s.pools.Locate(r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	all, err := uses(engine, name)
+	if err != nil {
+		return nil, err
+	}
+	for _, u := range all {
+		if condition, wrong := inspect(ctx, u); wrong {
+			conditions = append(conditions, condition)
+			break // the other mounts are of the same filesystem
+		}
+	}
+	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: request.Health(r.GetVolumeId(), conditions)}, nil
+}
+
+// inspect finds out whether a mounted filesystem has given up: after an error
+// it becomes read-only as a whole though its mount is not, or it answers with
+// errors.
+func inspect(ctx context.Context, u use) (condition pool.Condition, wrong bool) {
+	if info, err := os.Lstat(u.Path); err == nil && !info.IsDir() {
+		return condition, false // a device node
+	}
+	if u.SuperReadOnly && !u.ReadOnly {
+		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemReadOnly", Message: u.Path + ": the filesystem went read-only after an error; see the kernel log, stop the workload and start it again, which checks the filesystem"}, true
+	}
+	if _, err := filesystem.Stat(ctx, u.Path); err != nil {
+		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemFailed", Message: fmt.Sprintf("%s: %v; see the kernel log, stop the workload and start it again", u.Path, err)}, true
+	}
+	return condition, false
+}
+
+// NodeGetStorageHealth implements csi.NodeServer.
+func (s *Server) NodeGetStorageHealth(ctx context.Context, _ *csi.NodeGetStorageHealthRequest) (*csi.NodeGetStorageHealthResponse, error) {
+	var conditions []pool.Condition
+	for _, engine := range s.pools.Engines() {
+		conditions = append(conditions, engine.Health(ctx)...)
+	}
+	return &csi.NodeGetStorageHealthResponse{BackendHealth: request.StorageHealth(conditions)}, nil
+}

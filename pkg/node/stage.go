@@ -1,0 +1,277 @@
+package node
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strings"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/orlop-csi/orlop/pkg/filesystem"
+	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/request"
+)
+
+// toolLimit bounds mkfs, fsck and their like when a call has no deadline.
+const toolLimit = 10 * time.Minute
+
+// NodeStageVolume implements csi.NodeServer: it attaches the volume, and for
+// filesystem access makes its filesystem if it has none yet, mounts it at the
+// staging path and lets it span the volume.
+func (s *Server) NodeStageVolume(ctx context.Context, r *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
+	if err := required("volume_id", r.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	staging, err := resolve("staging_target_path", r.GetStagingTargetPath())
+	if err != nil {
+		return nil, asPrecondition(err)
+	}
+	if r.GetVolumeCapability() == nil {
+		return nil, pool.Errorf(pool.ErrInvalid, "volume_capability is missing")
+	}
+	end, err := s.pools.Begin(r.GetVolumeId(), pool.Stage)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	engine, v, err := s.pools.Volume(r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	capability, err := suit(v, r.GetVolumeCapability())
+	if err != nil {
+		return nil, err
+	}
+	if v.Access == pool.AccessBlock {
+		return &csi.NodeStageVolumeResponse{}, stageBlock(ctx, engine, v)
+	}
+	return &csi.NodeStageVolumeResponse{}, stageFilesystem(ctx, engine, v, staging, capability)
+}
+
+// asPrecondition gives a path whose parent is not there its kind: the
+// orchestrator makes it.
+func asPrecondition(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return pool.Errorf(pool.ErrPrecondition, "%w", err)
+	}
+	return err
+}
+
+// suit refuses a capability that the volume was not made for. To the node that
+// is a precondition (CSI spec, NodeStageVolume errors).
+func suit(v pool.Volume, c *csi.VolumeCapability) (request.Capability, error) {
+	capability, err := request.ParseCapability(c)
+	if err != nil {
+		return capability, pool.Errorf(pool.ErrPrecondition, "%w", err)
+	}
+	if capability.Access != v.Access {
+		return capability, pool.Errorf(pool.ErrPrecondition, "volume %s was made for %s access, not for %s", v.ID, v.Access, capability.Access)
+	}
+	if fsType := c.GetMount().GetFsType(); fsType != "" && fsType != v.Filesystem {
+		return capability, pool.Errorf(pool.ErrPrecondition, "volume %s has %s, not %s", v.ID, v.Filesystem, fsType)
+	}
+	return capability, nil
+}
+
+// asksReadOnly reports whether mount flags ask for a read-only mount; of those
+// that contradict each other the last wins (mount(8)).
+func asksReadOnly(flags []string) bool {
+	readOnly := false
+	for word := range strings.SplitSeq(strings.Join(flags, ","), ",") {
+		switch word {
+		case "ro":
+			readOnly = true
+		case "rw":
+			readOnly = false
+		}
+	}
+	return readOnly
+}
+
+func stageBlock(ctx context.Context, engine pool.Engine, v pool.Volume) error {
+	if v.Content == pool.ContentEmpty {
+		if err := engine.SetContent(ctx, v.Name, pool.ContentRaw); err != nil {
+			return err
+		}
+	}
+	_, err := engine.Attach(ctx, v.Name, false)
+	return err
+}
+
+func stageFilesystem(ctx context.Context, engine pool.Engine, v pool.Volume, staging string, c request.Capability) (err error) {
+	readOnly := asksReadOnly(c.MountFlags)
+	all, err := uses(engine, v.Name)
+	if err != nil {
+		return err
+	}
+	here, elsewhere := at(all, staging)
+	switch {
+	case len(here) > 0 && here[0].ReadOnly != readOnly:
+		return pool.Errorf(pool.ErrExists, "volume %s is staged at %s with other mount options", v.ID, staging)
+	case len(here) == 0 && len(elsewhere) > 0:
+		return pool.Errorf(pool.ErrPrecondition, "volume %s is mounted elsewhere: %s", v.ID, paths(elsewhere))
+	case len(here) == 0:
+		if err := mustBeFree(staging); err != nil {
+			return err
+		}
+		if err := os.Mkdir(staging, 0o750); err != nil && !errors.Is(err, fs.ErrExist) {
+			return err
+		}
+		if err := attachAndMount(ctx, engine, v, staging, c.MountFlags, readOnly); err != nil {
+			return err
+		}
+	}
+	if readOnly {
+		return nil
+	}
+	// A clone larger than its source, or a growth of a volume that was not
+	// mounted.
+	if err := filesystem.Grow(ctx, staging); err != nil {
+		return fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)
+	}
+	return nil
+}
+
+// attachAndMount mounts a volume's filesystem at a path. If it fails, the
+// volume is detached again.
+func attachAndMount(ctx context.Context, engine pool.Engine, v pool.Volume, path string, flags []string, readOnly bool) (err error) {
+	ctx, cancel := context.WithTimeout(ctx, toolLimit)
+	defer cancel()
+	if v.Content == pool.ContentFormatting {
+		if err := zeroAgain(ctx, engine, v); err != nil {
+			return err
+		}
+	}
+	device, err := engine.Attach(ctx, v.Name, false)
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, engine.Detach(context.WithoutCancel(ctx), v.Name, device))
+		}
+	}()
+	if err := prepare(ctx, engine, v, device.Path); err != nil {
+		return err
+	}
+	err = filesystem.Mount(ctx, device.Path, path, filesystem.Type(v.Filesystem), flags, readOnly)
+	if errors.Is(err, filesystem.ErrOption) {
+		return pool.Errorf(pool.ErrInvalid, "volume_capability.mount.mount_flags: %w", err)
+	}
+	if err != nil {
+		return fmt.Errorf("mounting volume %s: %w", v.ID, err)
+	}
+	if v.Content != pool.ContentFilesystem {
+		if err := engine.SetContent(ctx, v.Name, pool.ContentFilesystem); err != nil {
+			return errors.Join(err, filesystem.Unmount(context.WithoutCancel(ctx), path))
+		}
+	}
+	return nil
+}
+
+// zeroAgain undoes a mkfs that was cut off: the volume was never mounted, so
+// that nothing in it is anybody's.
+func zeroAgain(ctx context.Context, engine pool.Engine, v pool.Volume) error {
+	devices, err := engine.Devices(v.Name)
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if err := engine.Detach(ctx, v.Name, d); err != nil {
+			return err
+		}
+	}
+	return engine.Zero(ctx, v.Name)
+}
+
+// prepare makes sure that there is a filesystem to mount on the device. It
+// formats only what is provably blank, or what an earlier format of ours left
+// and zeroAgain has zeroed.
+func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device string) error {
+	fsType := filesystem.Type(v.Filesystem)
+	switch v.Content {
+	case pool.ContentEmpty, pool.ContentFormatting:
+		blank, err := engine.Blank(v.Name)
+		if err != nil {
+			return err
+		}
+		if !blank {
+			return pool.Errorf(pool.ErrPrecondition, "volume %s has data on it that the driver did not write; it was not formatted", v.ID)
+		}
+		if err := engine.SetContent(ctx, v.Name, pool.ContentFormatting); err != nil {
+			return err
+		}
+		if err := filesystem.Make(ctx, device, fsType, strings.Fields(v.MkfsOptions)); err != nil {
+			return fmt.Errorf("formatting volume %s: %w", v.ID, err)
+		}
+		return nil
+	}
+	info, err := filesystem.Probe(device)
+	if errors.Is(err, filesystem.ErrNone) {
+		return pool.Errorf(pool.ErrPrecondition, "volume %s has no filesystem on it but data (it may be a copy of a block volume); it was not formatted", v.ID)
+	}
+	if err != nil {
+		return err
+	}
+	if info.Type != fsType {
+		return pool.Errorf(pool.ErrPrecondition, "volume %s has %s on it, not %s", v.ID, info.Type, fsType)
+	}
+	if v.Content == pool.ContentCopied {
+		if err := filesystem.RenewUUID(ctx, device, fsType); err != nil {
+			return fmt.Errorf("giving the copy %s an identity of its own: %w", v.ID, err)
+		}
+	}
+	if err := filesystem.Check(ctx, device, fsType); err != nil {
+		return fmt.Errorf("checking volume %s: %w", v.ID, err)
+	}
+	return nil
+}
+
+// NodeUnstageVolume implements csi.NodeServer.
+func (s *Server) NodeUnstageVolume(ctx context.Context, r *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
+	if err := required("volume_id", r.GetVolumeId()); err != nil {
+		return nil, err
+	}
+	staging, err := resolve("staging_target_path", r.GetStagingTargetPath())
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	end, err := s.pools.Begin(r.GetVolumeId(), pool.Unstage)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	engine, name, err := s.pools.Locate(r.GetVolumeId())
+	if err != nil {
+		return nil, err
+	}
+	all, err := uses(engine, name)
+	if err != nil {
+		return nil, err
+	}
+	here, elsewhere := at(all, staging)
+	if len(elsewhere) > 0 {
+		return nil, pool.Errorf(pool.ErrInUse, "volume %s is still published at %s", r.GetVolumeId(), paths(elsewhere))
+	}
+	if err := unmount(ctx, here, staging); err != nil {
+		return nil, err
+	}
+	return &csi.NodeUnstageVolumeResponse{}, detachAll(ctx, engine, name)
+}
+
+func detachAll(ctx context.Context, engine pool.Engine, name string) error {
+	devices, err := engine.Devices(name)
+	if err != nil {
+		return err
+	}
+	for _, d := range devices {
+		if err := engine.Detach(ctx, name, d); err != nil {
+			return err
+		}
+	}
+	return nil
+}

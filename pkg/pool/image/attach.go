@@ -1,0 +1,160 @@
+package image
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"strings"
+
+	"github.com/orlop-csi/orlop/pkg/filesystem"
+	"github.com/orlop-csi/orlop/pkg/loop"
+	"github.com/orlop-csi/orlop/pkg/pool"
+)
+
+// Attach implements [pool.Engine].
+func (e *Engine) Attach(_ context.Context, name string, readOnly bool) (pool.Device, error) {
+	v, err := e.Volume(name)
+	if err != nil {
+		return pool.Device{}, err
+	}
+	flag := os.O_RDWR
+	if readOnly {
+		flag = os.O_RDONLY
+	}
+	data, err := e.openVolume(v, flag)
+	if err != nil {
+		return pool.Device{}, err
+	}
+	defer data.Close()
+	devices, err := loop.Find(data)
+	if err != nil {
+		return pool.Device{}, err
+	}
+	for _, d := range devices {
+		if d.ReadOnly != readOnly {
+			if err := d.Flush(); err != nil {
+				return pool.Device{}, err
+			}
+			continue
+		}
+		if err := d.Refresh(); err != nil {
+			return pool.Device{}, fmt.Errorf("bringing %s to the size of volume %s: %w", d.Path, name, err)
+		}
+		return describe(d), nil
+	}
+	d, err := loop.Attach(data, loop.Options{
+		ReadOnly:  readOnly,
+		BlockSize: pool.SizeUnit,
+		NoDiscard: v.Provisioning == pool.Thick,
+		Label:     path.Join(e.info.Name, name),
+	})
+	if err != nil {
+		return pool.Device{}, fmt.Errorf("attaching volume %s: %w", name, err)
+	}
+	return describe(d), nil
+}
+
+func describe(d loop.Device) pool.Device {
+	return pool.Device{Path: d.Path, Number: d.Number, ReadOnly: d.ReadOnly, DirectIO: d.DirectIO}
+}
+
+// Devices implements [pool.Engine].
+func (e *Engine) Devices(name string) ([]pool.Device, error) {
+	if err := e.mustExist(name); err != nil {
+		return nil, err
+	}
+	found, err := e.loops(name)
+	if err != nil {
+		return nil, err
+	}
+	devices := make([]pool.Device, len(found))
+	for i, d := range found {
+		devices[i] = describe(d)
+	}
+	return devices, nil
+}
+
+// mustExist refuses a name that no volume has, whole or damaged.
+func (e *Engine) mustExist(name string) error {
+	if _, err := e.Volume(name); !errors.Is(err, pool.ErrDamaged) {
+		return err
+	}
+	return nil
+}
+
+// loops asks the kernel for the loop devices of a volume's image, whatever the
+// image's state; a missing image has none that can be found.
+func (e *Engine) loops(name string) ([]loop.Device, error) {
+	data, err := e.open(path.Join(volumesDir, name, dataFile), os.O_RDONLY)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	defer data.Close()
+	return loop.Find(data)
+}
+
+// Detach implements [pool.Engine].
+func (e *Engine) Detach(ctx context.Context, name string, device pool.Device) error {
+	if err := e.mustExist(name); err != nil {
+		return err
+	}
+	found, err := e.loops(name)
+	if err != nil {
+		return err
+	}
+	for _, d := range found {
+		if d.Number != device.Number {
+			continue
+		}
+		if err := mustBeUnused(name, d); err != nil {
+			return err
+		}
+		err := d.Detach(ctx)
+		switch {
+		case errors.Is(err, loop.ErrBusy):
+			return pool.Errorf(pool.ErrInUse, "volume %s: %w", name, err)
+		case errors.Is(err, loop.ErrDetached):
+			return nil
+		case err != nil:
+			return fmt.Errorf("detaching volume %s: %w", name, err)
+		}
+	}
+	return nil
+}
+
+// mustBeUnused asks the kernel whether a device is mounted or handed out
+// anywhere that we can see.
+func mustBeUnused(name string, d loop.Device) error {
+	mounts, nodes, err := filesystem.UsesOf(d.Number)
+	if err != nil {
+		return err
+	}
+	var paths []string
+	for _, m := range append(mounts, nodes...) {
+		paths = append(paths, m.Path)
+	}
+	if len(paths) > 0 {
+		return pool.Errorf(pool.ErrInUse, "volume %s is in use: %s is mounted at %s", name, d.Path, strings.Join(paths, ", "))
+	}
+	return nil
+}
+
+// mustBeIdle asks the kernel whether a volume is attached.
+func (e *Engine) mustBeIdle(name string) error {
+	found, err := e.loops(name)
+	if err != nil {
+		return err
+	}
+	for _, d := range found {
+		if err := mustBeUnused(name, d); err != nil {
+			return err
+		}
+		return pool.Errorf(pool.ErrInUse, "volume %s is in use: it is attached to %s; unstage it first", name, d.Path)
+	}
+	return nil
+}

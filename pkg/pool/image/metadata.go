@@ -1,0 +1,127 @@
+package image
+
+import (
+	"bytes"
+	"encoding/json"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"path"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
+)
+
+// formatVersion is the version of all that a pool has on disk. It rises when an
+// older driver could no longer read it rightly.
+const formatVersion = 1
+
+// maxMetadata bounds what is read of a metadata file, in bytes.
+const maxMetadata = 1 << 20
+
+// envelope is the form of every metadata file. The checksum covers the compact
+// form of the payload, so that a file can be read, and indented, by people.
+type envelope struct {
+	Version int             `json:"version"`
+	CRC32C  string          `json:"crc32c"`
+	Payload json.RawMessage `json:"payload"`
+}
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+func checksum(payload []byte) string {
+	return fmt.Sprintf("%08x", crc32.Checksum(payload, castagnoli))
+}
+
+// encode makes the bytes of a metadata file.
+func encode(v any) ([]byte, error) {
+	payload, err := json.Marshal(v)
+	if err != nil {
+		return nil, err
+	}
+	data, err := json.MarshalIndent(envelope{Version: formatVersion, CRC32C: checksum(payload), Payload: payload}, "", "  ")
+	return append(data, '\n'), err
+}
+
+// decode reads the bytes of a metadata file into v. Whatever is wrong with them
+// is pool.ErrDamaged.
+func decode(data []byte, v any) error {
+	var e envelope
+	if err := json.Unmarshal(data, &e); err != nil {
+		return pool.Errorf(pool.ErrDamaged, "not a metadata file: %w", err)
+	}
+	if e.Version != formatVersion {
+		return pool.Errorf(pool.ErrDamaged, "format version %d; this driver knows version %d", e.Version, formatVersion)
+	}
+	var payload bytes.Buffer
+	if err := json.Compact(&payload, e.Payload); err != nil {
+		return pool.Errorf(pool.ErrDamaged, "payload: %w", err)
+	}
+	if sum := checksum(payload.Bytes()); sum != e.CRC32C {
+		return pool.Errorf(pool.ErrDamaged, "checksum is %s, the file says %.16q", sum, e.CRC32C)
+	}
+	if err := json.Unmarshal(payload.Bytes(), v); err != nil {
+		return pool.Errorf(pool.ErrDamaged, "payload: %w", err)
+	}
+	return nil
+}
+
+// readMetadata reads one metadata file of the pool.
+func readMetadata(root *os.Root, name string, v any) error {
+	f, err := root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	data, err := io.ReadAll(io.LimitReader(f, maxMetadata))
+	if err != nil {
+		return err
+	}
+	if err := decode(data, v); err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	return nil
+}
+
+// writeMetadata makes a new metadata file, on stable storage but for its
+// directory entry.
+func writeMetadata(root *os.Root, name string, v any) error {
+	data, err := encode(v)
+	if err != nil {
+		return err
+	}
+	f, err := root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if _, err := f.Write(data); err != nil {
+		return err
+	}
+	if err := f.Sync(); err != nil {
+		return err
+	}
+	return f.Close()
+}
+
+// replaceMetadata puts a metadata file in the place of another in one step. On
+// return it is on stable storage.
+func replaceMetadata(root *os.Root, name, staged string, v any) error {
+	if err := writeMetadata(root, staged, v); err != nil {
+		return err
+	}
+	if err := root.Rename(staged, name); err != nil {
+		return err
+	}
+	return syncDir(root, path.Dir(name))
+}
+
+// syncDir brings the entries of a directory to stable storage.
+func syncDir(root *os.Root, name string) error {
+	d, err := root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer d.Close()
+	return d.Sync()
+}

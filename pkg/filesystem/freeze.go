@@ -85,7 +85,9 @@ func Thaw(mountpoint string) (wasFrozen bool, err error) {
 }
 
 // Trim discards what the filesystem that is mounted at mountpoint does not use,
-// and returns how many bytes that were: FITRIM, ioctl behind fstrim(8).
+// and returns how many bytes that were: FITRIM, the request behind fstrim(8).
+// What was deleted a moment ago is in use until it is on stable storage, so
+// that comes first.
 func Trim(ctx context.Context, mountpoint string) (int64, error) {
 	return within(ctx, "trim "+mountpoint, func() (int64, error) {
 		fd, err := openMount(mountpoint)
@@ -93,6 +95,9 @@ func Trim(ctx context.Context, mountpoint string) (int64, error) {
 			return 0, err
 		}
 		defer unix.Close(fd)
+		if err := unix.Syncfs(fd); err != nil {
+			return 0, err
+		}
 		all := struct{ start, length, minLength uint64 }{length: 1<<64 - 1} // struct fstrim_range, linux/fs.h
 		_, err = ioctl(fd, fiTrim, &all)
 		return int64(all.length), err

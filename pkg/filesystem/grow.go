@@ -23,25 +23,35 @@ func Grow(ctx context.Context, mountpoint string) error {
 			return struct{}{}, err
 		}
 		defer unix.Close(fd)
-		err = growOpen(fd)
+		var stat unix.Stat_t
+		if err := unix.Fstat(fd, &stat); err != nil {
+			return struct{}{}, err
+		}
+		log := followKernelLog(stat.Dev)
+		err = growOpen(fd, stat.Dev)
+		said := log.stop()
 		if errors.Is(err, unix.EROFS) {
 			err = fmt.Errorf("it is mounted read-only: %w", err)
+		}
+		if err != nil {
+			err = fmt.Errorf("%w%s", err, said)
 		}
 		return struct{}{}, err
 	}, nil)
 	return err
 }
 
-func growOpen(fd int) error {
+// growOpen grows the filesystem that a file is on; device is the file's st_dev.
+func growOpen(fd int, device uint64) error {
 	var stat unix.Statfs_t
 	if err := unix.Fstatfs(fd, &stat); err != nil {
 		return err
 	}
 	switch int64(stat.Type) {
 	case unix.EXT4_SUPER_MAGIC:
-		return growExt4(fd, uint64(stat.Bsize))
+		return growExt4(fd, device, uint64(stat.Bsize))
 	case unix.XFS_SUPER_MAGIC:
-		return growXFS(fd)
+		return growXFS(fd, device)
 	case unix.BTRFS_SUPER_MAGIC:
 		return growBtrfs(fd)
 	}
@@ -49,21 +59,21 @@ func growOpen(fd int) error {
 }
 
 // growExt4 leaves it to the kernel to see that there is nothing to do.
-func growExt4(fd int, blockSize uint64) error {
-	size, err := deviceSize(fd)
+func growExt4(fd int, device, blockSize uint64) error {
+	size, err := deviceSize(device)
 	if err != nil {
 		return err
 	}
 	blocks := size / blockSize
 	_, err = ioctl(fd, ext4Resize, &blocks)
 	if errors.Is(err, unix.EPERM) {
-		err = fmt.Errorf("%w (the kernel refuses this when it has found errors in the filesystem: check it first)", err)
+		err = fmt.Errorf("%w (it takes CAP_SYS_RESOURCE, and a filesystem in which the kernel found no errors)", err)
 	}
 	return err
 }
 
-func growXFS(fd int) error {
-	size, err := deviceSize(fd)
+func growXFS(fd int, device uint64) error {
+	size, err := deviceSize(device)
 	if err != nil {
 		return err
 	}
@@ -106,14 +116,9 @@ func growBtrfs(fd int) error {
 	return err
 }
 
-// deviceSize is the size in bytes of the device of a file's filesystem, which
-// must have only one.
-func deviceSize(fd int) (uint64, error) {
-	var stat unix.Stat_t
-	if err := unix.Fstat(fd, &stat); err != nil {
-		return 0, err
-	}
-	text, err := os.ReadFile(filepath.Join(sysDevice(stat.Dev), "size"))
+// deviceSize is the size of a block device in bytes.
+func deviceSize(number uint64) (uint64, error) {
+	text, err := os.ReadFile(filepath.Join(sysDevice(number), "size"))
 	if err != nil {
 		return 0, err
 	}

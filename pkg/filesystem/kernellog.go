@@ -2,7 +2,6 @@ package filesystem
 
 import (
 	"errors"
-	"path/filepath"
 	"strconv"
 	"strings"
 
@@ -16,18 +15,18 @@ type kernelLog struct {
 	name string
 }
 
-func followKernelLog(device string) kernelLog {
-	if path, err := filepath.EvalSymlinks(device); err == nil {
-		device = path
-	}
+// followKernelLog begins to read what the kernel logs about the device of that
+// number.
+func followKernelLog(number uint64) kernelLog {
 	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err == nil {
-		_, err = unix.Seek(fd, 0, unix.SEEK_END)
-	}
 	if err != nil {
 		return kernelLog{fd: -1}
 	}
-	return kernelLog{fd: fd, name: filepath.Base(device)}
+	if _, err := unix.Seek(fd, 0, unix.SEEK_END); err != nil {
+		unix.Close(fd)
+		return kernelLog{fd: -1}
+	}
+	return kernelLog{fd: fd, name: kernelName(number)}
 }
 
 // stop returns what was logged since followKernelLog: a few lines, in brackets,

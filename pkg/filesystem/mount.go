@@ -78,7 +78,8 @@ func mountDetached(device string, t Type, parameters []parameter, attributes int
 			return -1, fmt.Errorf("%w %q: %w%s", ErrOption, p, err, messages(fd))
 		}
 	}
-	log := followKernelLog(device)
+	number, _ := deviceNumber(device) // that it is none, the kernel says better
+	log := followKernelLog(number)
 	err = unix.FsconfigCreate(fd)
 	said := log.stop()
 	if err != nil {

@@ -23,7 +23,8 @@ type Info struct {
 
 // Probe reads the superblocks on a device. It is ErrNone if there is none of
 // the three filesystems; that is no proof that the device is blank. A device
-// that has more than one of them is an error. The device may be mounted.
+// that has more than one of them is an error. Of a mounted filesystem it may
+// tell what was true a moment ago.
 func Probe(device string) (Info, error) {
 	head, err := readHead(device)
 	if err != nil {

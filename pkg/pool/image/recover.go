@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"sync"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/loop"
@@ -81,21 +82,46 @@ func (e *Engine) thaw(volume string) error {
 	return nil
 }
 
+// readers is how many entries of a directory are loaded at once: to wait for a
+// cold disk is what takes the time.
+const readers = 32
+
 // scan calls load for every entry of a directory of the pool.
 func (e *Engine) scan(ctx context.Context, dir string, load func(name string) error) error {
 	entries, err := fs.ReadDir(e.root.FS(), dir)
 	if err != nil {
 		return err
 	}
-	for _, entry := range entries {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		if err := load(entry.Name()); err != nil {
-			return err
-		}
+	names := make(chan string)
+	failures := make(chan error, readers)
+	var loading sync.WaitGroup
+	for range readers {
+		loading.Go(func() {
+			for name := range names {
+				if err := load(name); err != nil {
+					failures <- err
+					return
+				}
+			}
+		})
 	}
-	return nil
+	for _, entry := range entries {
+		select {
+		case names <- entry.Name():
+			continue
+		case err = <-failures:
+		case <-ctx.Done():
+			err = ctx.Err()
+		}
+		break
+	}
+	close(names)
+	loading.Wait()
+	close(failures)
+	for failure := range failures {
+		err = errors.Join(err, failure)
+	}
+	return err
 }
 
 // loadVolume reads one volume into the catalog. One that cannot be trusted is

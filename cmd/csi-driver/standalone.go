@@ -1,0 +1,135 @@
+package main
+
+import (
+	"flag"
+	"fmt"
+	"log/slog"
+	"os"
+	"strconv"
+	"time"
+
+	"github.com/orlop-csi/orlop/pkg/driver"
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+)
+
+const standaloneLong = `Serves every CSI service for the pools of this machine on one unix socket. It
+needs root: it attaches loop devices, and formats and mounts filesystems.
+
+The configuration file names the pools:
+
+  pools:
+  - name: default
+    source:                 # exactly one of:
+      file: {path: /var/lib/orlop/default.img, size: 20Gi}
+      # directory: /srv/volumes
+      # device: /dev/disk/by-id/nvme-...
+    reserve: 5%             # kept free: percent, or a size such as 10Gi
+    overcommit: 1.0         # bytes promised per byte of the pool, at least 1
+
+  file       makes one image file with an XFS filesystem in it, on any host
+             filesystem: instant snapshots and clones everywhere. Its blocks are
+             allocated at once; sparse: true leaves that to later.
+  directory  uses a directory as it is. Snapshots and clones are instant if its
+             filesystem can share blocks (XFS, btrfs), else they are copies.
+  device     formats a whole disk or partition, if it is blank; else it refuses.
+
+The driver can be stopped, killed and started again at any time: volumes in use
+stay in use. On SIGTERM or SIGINT it refuses new calls and lets those in flight
+finish; a second signal ends it at once.
+
+It exits with 0 after a signal, with 1 if it could not start or had to cut calls
+off at its end, and with 2 if the command line makes no sense.`
+
+const standaloneExample = `  mkdir -p /etc/orlop /run/orlop
+  cat > /etc/orlop/config.yaml <<END
+  pools:
+  - name: default
+    source:
+      file: {path: /var/lib/orlop/default.img, size: 20Gi}
+  END
+  csi-driver standalone --config /etc/orlop/config.yaml
+
+  # in another shell
+  curl http://127.0.0.1:9809/healthz
+  curl -s http://127.0.0.1:9809/metrics | grep ^orlop_pool`
+
+func newStandalone() *cobra.Command {
+	var (
+		o         driver.Options
+		verbosity uint8
+		format    string
+	)
+	c := &cobra.Command{
+		Use:     "standalone --config FILE",
+		Short:   "Serve every CSI service for this machine on one socket",
+		Long:    standaloneLong,
+		Example: standaloneExample,
+		Args:    cobra.NoArgs,
+		RunE: func(c *cobra.Command, _ []string) error {
+			if o.NodeID == "" {
+				host, err := os.Hostname()
+				if err != nil {
+					return asFailure(fmt.Errorf("--node-id: %w", err))
+				}
+				o.NodeID = host
+			}
+			o.Version = buildOf().Version
+			if err := o.Validate(); err != nil {
+				return err
+			}
+			if err := logTo(format, int(verbosity)); err != nil {
+				return err
+			}
+			return asFailure(driver.Standalone(c.Context(), o))
+		},
+	}
+	f := c.Flags()
+	f.SortFlags = false
+	f.StringVar(&o.ConfigFile, "config", "",
+		"`file` in YAML that names the pools; required. Example: /etc/orlop/config.yaml")
+	f.StringVar(&o.Endpoint, "endpoint", "unix:///run/orlop/csi.sock",
+		"`address` of the unix socket for CSI calls. Its directory must be there; a socket that a dead driver left is replaced, one that is served is refused")
+	f.StringVar(&o.NodeID, "node-id", "",
+		"`name` of this machine, unique in the cluster: in Kubernetes, the name of the node. It becomes part of the IDs of new volumes; older ones keep theirs (default: the host's name)")
+	f.StringVar(&o.StateDir, "state-dir", "/var/lib/orlop",
+		"`directory` where the driver mounts its pools and notes which it has had. It holds no volume's data. It is made if its parent is there")
+	f.StringVar(&o.MetricsAddress, "metrics-address", "127.0.0.1:9809",
+		"`host:port` that serves Prometheus metrics at /metrics, and at /healthz whether the driver is ready. It has no access control. Give \"\" to turn it off")
+	f.DurationVar(&o.ShutdownTimeout, "shutdown-timeout", 30*time.Second,
+		"`time` that calls in flight have for finishing after SIGTERM before they are cut off; the orchestrator can repeat those. Example: 2m")
+	f.StringVar(&format, "log-format", "text",
+		"`format` of the log on standard error: text, or json with one object in each line")
+	f.Uint8VarP(&verbosity, "v", "v", 0,
+		"`level` of detail of the log. 0: one line for each call that changes something or fails. 4: also those that orchestrators repeat all day. 5: also requests in full, without secrets")
+	mustComplete(c.MarkFlagFilename("config", "yaml", "yml"))
+	mustComplete(c.MarkFlagDirname("state-dir"))
+	mustComplete(c.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp)))
+	return c
+}
+
+// mustComplete is for what fails only if a flag's name is misspelt.
+func mustComplete(err error) {
+	if err != nil {
+		panic(err)
+	}
+}
+
+// logTo sets the log up, on standard error.
+func logTo(format string, verbosity int) error {
+	var flags flag.FlagSet
+	klog.InitFlags(&flags)
+	if err := flags.Set("v", strconv.Itoa(verbosity)); err != nil {
+		return err
+	}
+	switch format {
+	case "text":
+	case "json":
+		// klog's verbosity n is slog's level -n.
+		level := slog.Level(-verbosity)
+		klog.SetSlogLogger(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
+	default:
+		return fmt.Errorf("--log-format: %q is neither text nor json", format)
+	}
+	return nil
+}

@@ -76,6 +76,7 @@ nothing on the host but a Linux kernel and the tools that make filesystems.`,
 		SilenceErrors:      true,
 		DisableSuggestions: true, // they take a second line
 	}
+	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), "FlagUsages", "FlagUsagesWrapped 100"))
 	root.AddCommand(newStandalone(), newVersion(), newReference(root))
 	return root
 }

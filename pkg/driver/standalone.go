@@ -103,17 +103,24 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	s.registry.MustRegister(collector)
 	defer s.registry.Unregister(collector)
 
-	klog.InfoS("Serving", "version", s.options.Version, "endpoint", s.options.Endpoint, "node", s.options.NodeID, "metrics", s.options.MetricsAddress)
+	klog.InfoS("Serving", "version", s.options.Version, "endpoint", s.options.Endpoint, "node", s.options.NodeID)
 	return s.calls.serve(ctx)
 }
 
 // openPools opens the pools in turn. Those that it has opened it gives even when
 // one fails.
-func (s *standalone) openPools(ctx context.Context) ([]pool.Engine, error) {
-	if err := os.Mkdir(s.options.StateDir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+func (s *standalone) openPools(ctx context.Context) (engines []pool.Engine, err error) {
+	switch err := os.Mkdir(s.options.StateDir, 0o700); {
+	case errors.Is(err, fs.ErrExist):
+	case err != nil:
 		return nil, fmt.Errorf("--state-dir: %w", err)
+	default:
+		defer func() {
+			if len(engines) == 0 {
+				os.Remove(s.options.StateDir) // a start that fails leaves nothing, and this is empty
+			}
+		}()
 	}
-	var engines []pool.Engine
 	for i, p := range s.config.Pools {
 		e, err := image.Open(ctx, image.Options{Node: s.options.NodeID, StateDir: s.options.StateDir, Pool: p})
 		if err != nil {

@@ -4,6 +4,7 @@ package integration
 
 import (
 	"bytes"
+	cryptorand "crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
 	"errors"
@@ -203,7 +204,9 @@ func dataFill(t testing.TB, name string, n int64) string {
 	dataMust(t, err)
 	defer f.Close()
 	sum := sha256.New()
-	noise := rand.NewChaCha8([32]byte([]byte(rand.Text32())))
+	var seed [32]byte
+	cryptorand.Read(seed[:])
+	noise := rand.NewChaCha8(seed)
 	if _, err := io.CopyN(io.MultiWriter(f, sum), noise, n); err != nil {
 		t.Fatal(err)
 	}

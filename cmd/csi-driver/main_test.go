@@ -294,7 +294,9 @@ func TestAFailedStartIsOneLineAndExitCode1AndTouchesNothing(t *testing.T) {
 					t.Fatal(err)
 				}
 			},
-			want: func(s site) string { return "configuration: open " + s.at("config.yaml") + ": no such file or directory" },
+			want: func(s site) string {
+				return "configuration: open " + s.at("config.yaml") + ": no such file or directory"
+			},
 		},
 		"unknown field": {
 			prepare: func(t *testing.T, s site) { s.configure(t, "pools: [{nam: a}]") },

@@ -91,9 +91,9 @@ func newCalls(listener net.Listener, metrics *callMetrics, ready *readiness, dra
 // finish. What has not finished in time is cut off, which is an error; every
 // operation can be repeated after that.
 func (c *calls) serve(ctx context.Context) error {
+	c.ready.set("") // before the first call, which may ask for it
 	ended := make(chan error, 1)
 	go func() { ended <- c.server.Serve(c.listener) }()
-	c.ready.set("")
 	select {
 	case err := <-ended:
 		return fmt.Errorf("serving calls: %w", err)

@@ -68,7 +68,8 @@ func Allocate(ctx context.Context, f *os.File, off, n int64) error {
 }
 
 // Zero makes the whole of f read as zeros. If allocated, its blocks stay or
-// become allocated, else they are given back. Its size stays.
+// become allocated, else they are given back, but for a last block that is in
+// the file only in part. Its size stays.
 func Zero(ctx context.Context, f *os.File, allocated bool) error {
 	mode := uint32(unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE)
 	if allocated {

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -121,15 +122,16 @@ func read(t *testing.T, f *os.File) []byte {
 	return data
 }
 
-// random returns the same bytes each time, none of them zero.
+// random returns the same bytes each time, none of them zero, in a pattern that
+// is no multiple of any block.
 func random(n int) []byte {
 	var seed [32]byte
-	data := make([]byte, n)
-	rand.NewChaCha8(seed).Read(data)
-	for i := range data {
-		data[i] |= 1
+	pattern := make([]byte, min(n, 65521))
+	rand.NewChaCha8(seed).Read(pattern)
+	for i := range pattern {
+		pattern[i] |= 1
 	}
-	return data
+	return slices.Repeat(pattern, n/max(1, len(pattern))+1)[:n]
 }
 
 func expectBlank(t *testing.T, f *os.File, want bool) {

@@ -196,8 +196,8 @@ func TestWarningAbout(t *testing.T) {
 		"6,1,2,-;BTRFS info (device loop3): mounted\n":                "",
 		"3,1,2,-;EXT4-fs (loop33): of another\n":                      "",
 		"3,1,2,-;EXT4-fs (xloop3): of another\n":                      "",
-		"nonsense": "",
-		"":         "",
+		"nonsense":                                                    "",
+		"":                                                            "",
 	} {
 		text, ok := warningAbout("loop3", record)
 		if ok != (want != "") || ok && text != want {

@@ -103,7 +103,8 @@ func parseMkfsOptions(t Type, words []string) ([]mkfsOption, error) {
 			return nil, bad(word, "it lacks its value")
 		}
 		for part := range strings.SplitSeq(value, ",") {
-			if key, _, _ := strings.Cut(part, "="); slices.Contains(forbiddenKeys, key) {
+			key, _, _ := strings.Cut(part, "=")
+			if slices.Contains(forbiddenKeys, key) && name != "-L" && name != "--label" {
 				return nil, bad(part, "it is not an option that a volume may have")
 			}
 		}

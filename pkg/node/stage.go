@@ -165,11 +165,6 @@ func attachAndMount(ctx context.Context, engine pool.Engine, v pool.Volume, path
 	if err != nil {
 		return fmt.Errorf("mounting volume %s: %w", v.ID, err)
 	}
-	if v.Content != pool.ContentFilesystem {
-		if err := engine.SetContent(ctx, v.Name, pool.ContentFilesystem); err != nil {
-			return errors.Join(err, filesystem.Unmount(context.WithoutCancel(ctx), path))
-		}
-	}
 	return nil
 }
 
@@ -188,45 +183,61 @@ func zeroAgain(ctx context.Context, engine pool.Engine, v pool.Volume) error {
 	return engine.Zero(ctx, v.Name)
 }
 
-// prepare makes sure that there is a filesystem to mount on the device. It
-// formats only what is provably blank, or what an earlier format of ours left
-// and zeroAgain has zeroed.
+// prepare makes sure that there is a filesystem to mount on the device, and
+// that the volume's record says so before anybody can write to it.
 func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device string) error {
 	fsType := filesystem.Type(v.Filesystem)
 	switch v.Content {
 	case pool.ContentEmpty, pool.ContentFormatting:
-		blank, err := engine.Blank(v.Name)
-		if err != nil {
+		if err := format(ctx, engine, v, device); err != nil {
 			return err
 		}
-		if !blank {
-			return pool.Errorf(pool.ErrPrecondition, "volume %s has data on it that the driver did not write; it was not formatted", v.ID)
-		}
-		if err := engine.SetContent(ctx, v.Name, pool.ContentFormatting); err != nil {
+	default:
+		if err := mustHave(device, v); err != nil {
 			return err
 		}
-		if err := filesystem.Make(ctx, device, fsType, strings.Fields(v.MkfsOptions)); err != nil {
-			return fmt.Errorf("formatting volume %s: %w", v.ID, err)
+		if v.Content == pool.ContentCopied {
+			if err := filesystem.RenewUUID(ctx, device, fsType); err != nil {
+				return fmt.Errorf("giving the copy %s an identity of its own: %w", v.ID, err)
+			}
 		}
-		return nil
+		if err := filesystem.Check(ctx, device, fsType); err != nil {
+			return fmt.Errorf("checking volume %s: %w", v.ID, err)
+		}
 	}
-	info, err := filesystem.Probe(device)
-	if errors.Is(err, filesystem.ErrNone) {
-		return pool.Errorf(pool.ErrPrecondition, "volume %s has no filesystem on it but data (it may be a copy of a block volume); it was not formatted", v.ID)
-	}
+	return engine.SetContent(ctx, v.Name, pool.ContentFilesystem)
+}
+
+// format makes a volume's filesystem on what is provably blank: an image that
+// was never written, or that zeroAgain has zeroed.
+func format(ctx context.Context, engine pool.Engine, v pool.Volume, device string) error {
+	blank, err := engine.Blank(v.Name)
 	if err != nil {
 		return err
 	}
-	if info.Type != fsType {
-		return pool.Errorf(pool.ErrPrecondition, "volume %s has %s on it, not %s", v.ID, info.Type, fsType)
+	if !blank {
+		return pool.Errorf(pool.ErrPrecondition, "volume %s has data on it that the driver did not write; it was not formatted", v.ID)
 	}
-	if v.Content == pool.ContentCopied {
-		if err := filesystem.RenewUUID(ctx, device, fsType); err != nil {
-			return fmt.Errorf("giving the copy %s an identity of its own: %w", v.ID, err)
-		}
+	if err := engine.SetContent(ctx, v.Name, pool.ContentFormatting); err != nil {
+		return err
 	}
-	if err := filesystem.Check(ctx, device, fsType); err != nil {
-		return fmt.Errorf("checking volume %s: %w", v.ID, err)
+	if err := filesystem.Make(ctx, device, filesystem.Type(v.Filesystem), strings.Fields(v.MkfsOptions)); err != nil {
+		return fmt.Errorf("formatting volume %s: %w", v.ID, err)
+	}
+	return nil
+}
+
+// mustHave refuses a device that has not the filesystem that the volume should
+// have.
+func mustHave(device string, v pool.Volume) error {
+	info, err := filesystem.Probe(device)
+	switch {
+	case errors.Is(err, filesystem.ErrNone):
+		return pool.Errorf(pool.ErrPrecondition, "volume %s has data on it but no filesystem (it may be a copy of a block volume); it was not formatted", v.ID)
+	case err != nil:
+		return err
+	case string(info.Type) != v.Filesystem:
+		return pool.Errorf(pool.ErrPrecondition, "volume %s has %s on it, not %s", v.ID, info.Type, v.Filesystem)
 	}
 	return nil
 }

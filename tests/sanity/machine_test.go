@@ -167,7 +167,7 @@ func stop(driver *os.Process, ended <-chan error) error {
 // build compiles one command.
 func build(t *testing.T, module, output, pkg string) {
 	t.Helper()
-	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", output, pkg)
+	cmd := exec.Command("go", "build", "-tags=protoreflect", "-buildvcs=false", "-o", output, pkg)
 	cmd.Dir = module
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("building %s: %v\n%s", pkg, err, out)

@@ -113,7 +113,7 @@ func mustBeOf(s pool.Snapshot, spec pool.SnapshotSpec) error {
 
 func (e *Engine) makeSnapshot(ctx context.Context, s *snapshot, v pool.Volume) error {
 	return e.make(path.Join(snapshotsDir, s.Name), snapshotFile, func(data *os.File) (any, error) {
-		at, err := e.take(ctx, data, &origin{dir: path.Join(volumesDir, v.Name), volume: v.Name, size: v.Size})
+		at, err := e.take(ctx, data, &origin{path.Join(volumesDir, v.Name), v.Name, v.Size, v.Content})
 		if err != nil {
 			return nil, err
 		}
@@ -143,7 +143,22 @@ func (e *Engine) DeleteSnapshot(_ context.Context, name string) error {
 
 // take fills an empty image with the source's bytes as they are at one instant,
 // and tells when that was.
+//
+// What is known of the bytes must be true of the instant: a volume that was
+// being formatted when the call began may have been mounted and written since,
+// and a copy of it that says "formatting" would be zeroed at its first use.
 func (e *Engine) take(ctx context.Context, dst *os.File, from *origin) (at time.Time, err error) {
+	if at, err = e.read(ctx, dst, from); err != nil || from.volume == "" {
+		return at, err
+	}
+	v, err := e.Volume(from.volume)
+	if err == nil && v.Content != from.content {
+		err = pool.Errorf(pool.ErrBusy, "volume %s was put to its first use just now; repeat the call", from.volume)
+	}
+	return at, err
+}
+
+func (e *Engine) read(ctx context.Context, dst *os.File, from *origin) (at time.Time, err error) {
 	src, err := e.open(path.Join(from.dir, dataFile), os.O_RDONLY)
 	if err != nil {
 		return time.Time{}, err

@@ -44,7 +44,7 @@ func main() {
 // execute runs a command line and gives the exit code. What is wrong it tells
 // in one line.
 func execute(ctx context.Context, args []string, out, errOut io.Writer) int {
-	root := newRoot()
+	root := newRoot() //nolint:contextcheck // cobra hands the context on
 	root.SetArgs(args)
 	root.SetOut(out)
 	root.SetErr(errOut)

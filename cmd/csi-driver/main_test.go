@@ -20,11 +20,12 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"github.com/orlop-csi/orlop/pkg/driver"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
+
+	"github.com/orlop-csi/orlop/pkg/driver"
 )
 
 // The test binary is the driver itself when this is set.
@@ -151,7 +152,7 @@ type site struct{ dir string }
 
 func newSite(t *testing.T) site {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "orlop-") // t.TempDir is too long for a socket
+	dir, err := os.MkdirTemp("", "orlop-") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -221,8 +222,8 @@ func (s site) start(t *testing.T, args ...string) *process {
 		}
 	}()
 	t.Cleanup(func() {
-		p.Process.Kill()
-		p.Wait()
+		_ = p.Process.Kill() // it may have ended
+		_ = p.Wait()
 	})
 	select {
 	case <-serving:
@@ -290,6 +291,7 @@ func TestAFailedStartIsOneLineAndExitCode1AndTouchesNothing(t *testing.T) {
 	}{
 		"no configuration file": {
 			prepare: func(t *testing.T, s site) {
+				t.Helper()
 				if err := os.Remove(s.at("config.yaml")); err != nil {
 					t.Fatal(err)
 				}
@@ -299,13 +301,17 @@ func TestAFailedStartIsOneLineAndExitCode1AndTouchesNothing(t *testing.T) {
 			},
 		},
 		"unknown field": {
-			prepare: func(t *testing.T, s site) { s.configure(t, "pools: [{nam: a}]") },
+			prepare: func(t *testing.T, s site) {
+				t.Helper()
+				s.configure(t, "pools: [{nam: a}]")
+			},
 			want: func(s site) string {
 				return "configuration " + s.at("config.yaml") + ": pools[0].nam: unknown field; the known ones are name, source, reserve, overcommit"
 			},
 		},
 		"a directory that is not there": {
 			prepare: func(t *testing.T, s site) {
+				t.Helper()
 				s.configure(t, "pools: [{name: a, source: {directory: "+s.at("none")+"}}]")
 			},
 			want: func(s site) string {
@@ -343,9 +349,8 @@ func TestAFailedStartIsOneLineAndExitCode1AndTouchesNothing(t *testing.T) {
 			if err := c.Run(); c.ProcessState == nil || c.ProcessState.ExitCode() != exitFailure {
 				t.Errorf("it ends with %v", err)
 			}
-			lines := strings.Split(strings.TrimSpace(errOut.String()), "\n")
-			if got := lines[len(lines)-1]; got != "csi-driver: "+test.want(s) {
-				t.Errorf("got  %s\nwant csi-driver: %s", got, test.want(s))
+			if got, want := errOut.String(), "csi-driver: "+test.want(s)+"\n"; got != want {
+				t.Errorf("got  %swant %s", got, want)
 			}
 			if after := tree(t, s.dir); after != before {
 				t.Errorf("before:\n%s\nafter:\n%s", before, after)
@@ -374,14 +379,14 @@ func TestTheDriverServesUntilASignal(t *testing.T) {
 			p := s.start(t)
 			conn := s.client(t)
 			probe, err := csi.NewIdentityClient(conn).Probe(t.Context(), &csi.ProbeRequest{}, grpc.WaitForReady(true))
-			if err != nil || !probe.Ready.GetValue() {
+			if err != nil || !probe.GetReady().GetValue() {
 				t.Errorf("Probe: %v (error %v)", probe, err)
 			}
 			if _, err := csi.NewControllerClient(conn).ControllerGetCapabilities(t.Context(), &csi.ControllerGetCapabilitiesRequest{}); err != nil {
 				t.Errorf("Controller: %v", err)
 			}
 			info, err := csi.NewNodeClient(conn).NodeGetInfo(t.Context(), &csi.NodeGetInfoRequest{})
-			if err != nil || info.NodeId != "test-node" {
+			if err != nil || info.GetNodeId() != "test-node" {
 				t.Errorf("Node: %v (error %v)", info, err)
 			}
 			if code, body := p.get(t, "/healthz"); code != http.StatusOK || body != "ok\n" {
@@ -445,12 +450,13 @@ func TestJSONLogsAreOneObjectInEachLine(t *testing.T) {
 	var calls int
 	for line := range strings.Lines(p.log()) {
 		var entry struct {
-			Time       time.Time
-			Level, Msg string
-			Method     string
-			Code       string
-			RequestID  string
-			Duration   string
+			Time      time.Time `json:"time"`
+			Level     string    `json:"level"`
+			Msg       string    `json:"msg"`
+			Method    string    `json:"method"`
+			Code      string    `json:"code"`
+			RequestID string    `json:"requestID"`
+			Duration  string    `json:"duration"`
 		}
 		if err := json.Unmarshal([]byte(line), &entry); err != nil {
 			t.Errorf("%s: %v", line, err)

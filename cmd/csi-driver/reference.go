@@ -5,9 +5,10 @@ import (
 	"io"
 	"strings"
 
-	"github.com/orlop-csi/orlop/pkg/driver"
 	"github.com/spf13/cobra"
 	"github.com/spf13/pflag"
+
+	"github.com/orlop-csi/orlop/pkg/driver"
 )
 
 // newReference is how docs/flags.md is made, and compared with what the binary

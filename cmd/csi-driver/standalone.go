@@ -8,15 +8,16 @@ import (
 	"strconv"
 	"time"
 
-	"github.com/orlop-csi/orlop/pkg/driver"
 	"github.com/spf13/cobra"
 	"k8s.io/klog/v2"
+
+	"github.com/orlop-csi/orlop/pkg/driver"
 )
 
 const standaloneLong = `Serves every CSI service for the pools of this machine on one unix socket. It
 needs root: it attaches loop devices, and formats and mounts filesystems.
 
-The configuration file names the pools:
+The configuration file says what the pools are made of:
 
   pools:
   - name: default

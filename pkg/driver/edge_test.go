@@ -13,7 +13,6 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"github.com/orlop-csi/orlop/pkg/pool"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -23,6 +22,8 @@ import (
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"google.golang.org/protobuf/reflect/protoregistry"
 	"k8s.io/klog/v2"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 // logged is a log that is being written.
@@ -89,6 +90,7 @@ func (s *fakeServices) GetMetadataDelta(r *csi.GetMetadataDeltaRequest, out csi.
 // served is a server of the fake services and a client of it.
 type served struct {
 	calls  *calls
+	path   string // of its socket
 	conn   *grpc.ClientConn
 	client csi.ControllerClient
 	stop   context.CancelFunc
@@ -98,7 +100,7 @@ type served struct {
 func serve(t *testing.T, services *fakeServices, drain time.Duration) *served {
 	t.Helper()
 	l := mustListen(t, shortDir(t)+"/csi.sock")
-	s := &served{calls: newCalls(l, newCallMetrics(), &readiness{}, drain), ended: make(chan error, 1)}
+	s := &served{path: l.path, calls: newCalls(l, newCallMetrics(), &readiness{}, drain), ended: make(chan error, 1)}
 	csi.RegisterIdentityServer(s.calls.server, &identity{version: "v1.2.3", ready: s.calls.ready})
 	csi.RegisterControllerServer(s.calls.server, services)
 	csi.RegisterSnapshotMetadataServer(s.calls.server, services)
@@ -121,7 +123,7 @@ func TestAPanicFailsOneCallAndNotTheProcess(t *testing.T) {
 	log := captureLog(t, "text", 0)
 	s := serve(t, &fakeServices{
 		create: func(_ context.Context, r *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
-			if r.Name == "bad" {
+			if r.GetName() == "bad" {
 				panic("the cellar is flooded")
 			}
 			return &csi.CreateVolumeResponse{}, nil
@@ -184,7 +186,7 @@ func TestNoServiceSeesARequestOverTheLimits(t *testing.T) {
 	s := serve(t, &fakeServices{
 		create: func(context.Context, *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 			t.Error("CreateVolume was reached")
-			return nil, nil
+			return &csi.CreateVolumeResponse{}, nil
 		},
 		delta: func(*csi.GetMetadataDeltaRequest, csi.SnapshotMetadata_GetMetadataDeltaServer) error {
 			t.Error("GetMetadataDelta was reached")
@@ -205,7 +207,7 @@ func TestNoServiceSeesARequestOverTheLimits(t *testing.T) {
 
 	// gRPC itself refuses what is not the protocol.
 	notUTF8 := []byte{0x0a, 2, 0xff, 0xfe} // field 1, the name, of 2 bytes
-	if err := s.conn.Invoke(t.Context(), csi.Controller_CreateVolume_FullMethodName, notUTF8, &notUTF8, grpc.ForceCodecV2(rawBytes{})); status.Code(err) != codes.Internal {
+	if err := s.conn.Invoke(t.Context(), csi.Controller_CreateVolume_FullMethodName, notUTF8, nil, grpc.ForceCodecV2(rawBytes{})); status.Code(err) != codes.Internal {
 		t.Errorf("a name that is not UTF-8 gets %v", err)
 	}
 }
@@ -215,12 +217,13 @@ type rawBytes struct{}
 
 func (rawBytes) Name() string { return "proto" }
 func (rawBytes) Marshal(v any) (mem.BufferSlice, error) {
-	return mem.BufferSlice{mem.SliceBuffer(v.([]byte))}, nil
+	raw, ok := v.([]byte)
+	if !ok {
+		return nil, fmt.Errorf("%T are not raw bytes", v)
+	}
+	return mem.BufferSlice{mem.SliceBuffer(raw)}, nil
 }
-func (rawBytes) Unmarshal(data mem.BufferSlice, v any) error {
-	*v.(*[]byte) = data.Materialize()
-	return nil
-}
+func (rawBytes) Unmarshal(mem.BufferSlice, any) error { return errors.New("no answer was expected") }
 
 // through sends a request through the edge to a handler.
 func through(method string, request any, handler grpc.UnaryHandler) error {
@@ -252,7 +255,7 @@ func TestTheLogHasOneLineForEachCallThatMatters(t *testing.T) {
 		"chatter that fails":       {0, capacity, pool.ErrTimeout, 1, []string{"I", `code="DeadlineExceeded"`}},
 		"chatter, asked for":       {4, capacity, nil, 1, []string{"I", `method="/csi.v1.Controller/GetCapacity"`}},
 		"requests, asked for":      {5, create, nil, 2, []string{"I", `"Call begins"`, `request="{\"volume_id\":\"node/pool/vol\"}"`}},
-		"an error of many lines":   {0, create, errors.New("mkfs failed:\nbad\nworse\n"), 1, []string{`err="mkfs failed: | bad | worse"`}},
+		"an error of many lines":   {0, create, errors.New("mkfs failed:\nbad\nworse"), 1, []string{`err="mkfs failed: | bad | worse"`}},
 		"an error that never ends": {0, create, errors.New(strings.Repeat("x", 1<<20)), 1, []string{strings.Repeat("x", 1024) + `…"`}},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -341,12 +344,13 @@ func allRequests(t *testing.T) []protoreflect.Message {
 }
 
 // fill sets every field of a message, and tells whether any may be a secret.
-func fill(m protoreflect.Message, secret, ordinary string) (any bool) {
+func fill(m protoreflect.Message, secret, ordinary string) (found bool) {
 	fields := m.Descriptor().Fields()
 	for i := range fields.Len() {
 		f := fields.Get(i)
-		marked := proto.GetExtension(f.Options(), csi.E_CsiSecret).(bool) || f.Name() == "mount_flags"
-		any = any || marked
+		marked, _ := proto.GetExtension(f.Options(), csi.E_CsiSecret).(bool)
+		marked = marked || f.Name() == "mount_flags"
+		found = found || marked
 		text := protoreflect.ValueOfString(ordinary)
 		if marked {
 			text = protoreflect.ValueOfString(secret)
@@ -356,14 +360,14 @@ func fill(m protoreflect.Message, secret, ordinary string) (any bool) {
 			m.Mutable(f).Map().Set(text.MapKey(), text)
 		case f.IsList() && f.Kind() == protoreflect.MessageKind:
 			element := m.Mutable(f).List().AppendMutable().Message()
-			any = fill(element, secret, ordinary) || any
+			found = fill(element, secret, ordinary) || found
 		case f.IsList() && f.Kind() == protoreflect.StringKind:
 			m.Mutable(f).List().Append(text)
 		case f.Kind() == protoreflect.MessageKind:
-			any = fill(m.Mutable(f).Message(), secret, ordinary) || any
+			found = fill(m.Mutable(f).Message(), secret, ordinary) || found
 		case f.Kind() == protoreflect.StringKind:
 			m.Set(f, text)
 		}
 	}
-	return any
+	return found
 }

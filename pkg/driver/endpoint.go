@@ -51,7 +51,7 @@ type socket struct {
 //
 // Between two drivers a lock decides: a file beside the socket, which also goes
 // away at the end.
-func listenAt(endpoint string) (_ *socket, err error) {
+func listenAt(ctx context.Context, endpoint string) (_ *socket, err error) {
 	s := &socket{}
 	s.close = sync.OnceValue(s.closeOnce)
 	if s.path, err = socketPath(endpoint); err != nil {
@@ -74,11 +74,13 @@ func listenAt(endpoint string) (_ *socket, err error) {
 		var chmod error
 		return errors.Join(c.Control(func(fd uintptr) { chmod = unix.Fchmod(int(fd), 0o600) }), chmod)
 	}}
-	listener, err := config.Listen(context.Background(), "unix", s.path)
+	listener, err := config.Listen(ctx, "unix", s.path)
 	if err != nil {
 		return nil, err
 	}
-	listener.(*net.UnixListener).SetUnlinkOnClose(false)
+	if l, ok := listener.(*net.UnixListener); ok {
+		l.SetUnlinkOnClose(false) // Close does it, with care
+	}
 	s.Listener = listener
 	if s.file, err = os.Lstat(s.path); err != nil {
 		return nil, errors.Join(err, listener.Close())

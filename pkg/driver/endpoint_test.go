@@ -18,7 +18,7 @@ import (
 // t.TempDir has the test's name in it.
 func shortDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "orlop-")
+	dir, err := os.MkdirTemp("", "orlop-") //nolint:usetesting // see above
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -30,11 +30,11 @@ func shortDir(t *testing.T) string {
 // that is killed.
 func abandonSocket(t *testing.T, path string) {
 	t.Helper()
-	l, err := net.Listen("unix", path)
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: path, Net: "unix"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false)
+	l.SetUnlinkOnClose(false)
 	if err := l.Close(); err != nil {
 		t.Fatal(err)
 	}
@@ -42,7 +42,7 @@ func abandonSocket(t *testing.T, path string) {
 
 func mustListen(t *testing.T, path string) *socket {
 	t.Helper()
-	s, err := listenAt("unix://" + path)
+	s, err := listenAt(t.Context(), "unix://"+path)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -121,7 +121,7 @@ func TestALiveSocketIsRefused(t *testing.T) {
 	t.Run("of another driver", func(t *testing.T) {
 		path := filepath.Join(shortDir(t), "csi.sock")
 		mustListen(t, path)
-		_, err := listenAt("unix://" + path)
+		_, err := listenAt(t.Context(), "unix://"+path)
 		if want := "another process holds " + path + ".lock"; err == nil || err.Error() != want {
 			t.Errorf("got %v, want %s", err, want)
 		}
@@ -135,7 +135,7 @@ func TestALiveSocketIsRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer l.Close()
-		_, err = listenAt("unix://" + path)
+		_, err = listenAt(t.Context(), "unix://"+path)
 		if want := "another process serves at " + path; err == nil || err.Error() != want {
 			t.Errorf("got %v, want %s", err, want)
 		}
@@ -151,7 +151,7 @@ func TestALiveSocketIsRefused(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer c.Close()
-		if _, err := listenAt("unix://" + path); !errors.Is(err, unix.EPROTOTYPE) {
+		if _, err := listenAt(t.Context(), "unix://"+path); !errors.Is(err, unix.EPROTOTYPE) {
 			t.Errorf("got %v", err)
 		}
 		if _, err := os.Lstat(path); err != nil {
@@ -161,7 +161,7 @@ func TestALiveSocketIsRefused(t *testing.T) {
 }
 
 func TestAFileThatIsNotASocketIsLeftAlone(t *testing.T) {
-	for kind, make := range map[string]func(path string) error{
+	for kind, create := range map[string]func(path string) error{
 		"file":      func(path string) error { return os.WriteFile(path, []byte("precious"), 0o600) },
 		"directory": func(path string) error { return os.Mkdir(path, 0o700) },
 		"symbolic link": func(path string) error {
@@ -170,14 +170,14 @@ func TestAFileThatIsNotASocketIsLeftAlone(t *testing.T) {
 	} {
 		t.Run(kind, func(t *testing.T) {
 			path := filepath.Join(shortDir(t), "csi.sock")
-			if err := make(path); err != nil {
+			if err := create(path); err != nil {
 				t.Fatal(err)
 			}
 			before, err := os.Lstat(path)
 			if err != nil {
 				t.Fatal(err)
 			}
-			_, err = listenAt("unix://" + path)
+			_, err = listenAt(t.Context(), "unix://"+path)
 			if want := path + " exists and is not a socket; it was left alone"; err == nil || err.Error() != want {
 				t.Errorf("got %v, want %s", err, want)
 			}
@@ -190,7 +190,7 @@ func TestAFileThatIsNotASocketIsLeftAlone(t *testing.T) {
 
 func TestADirectoryThatIsMissingIsNamed(t *testing.T) {
 	dir := filepath.Join(shortDir(t), "run")
-	_, err := listenAt("unix://" + dir + "/csi.sock")
+	_, err := listenAt(t.Context(), "unix://"+dir+"/csi.sock")
 	if want := "the directory " + dir + " does not exist; make it first"; err == nil || err.Error() != want {
 		t.Errorf("got %v, want %s", err, want)
 	}
@@ -227,7 +227,7 @@ func TestOfManyStartsAtOnceOneWins(t *testing.T) {
 		for range starts {
 			all.Go(func() {
 				<-begin
-				if s, err := listenAt("unix://" + path); err == nil {
+				if s, err := listenAt(t.Context(), "unix://"+path); err == nil {
 					winners <- s
 				}
 			})
@@ -254,7 +254,7 @@ func TestStartsAndStopsThatRaceNeverServeTwice(t *testing.T) {
 	for range 8 {
 		all.Go(func() {
 			for range 100 {
-				s, err := listenAt("unix://" + path)
+				s, err := listenAt(t.Context(), "unix://"+path)
 				if err != nil {
 					continue
 				}

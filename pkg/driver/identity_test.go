@@ -14,7 +14,7 @@ func TestIdentityTellsWhatTheDriverIs(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if info.Name != "csi.orlop.dev" || info.VendorVersion != "v1.2.3" {
+	if info.GetName() != "csi.orlop.dev" || info.GetVendorVersion() != "v1.2.3" {
 		t.Errorf("got %v", info)
 	}
 
@@ -23,12 +23,12 @@ func TestIdentityTellsWhatTheDriverIs(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := map[string]bool{}
-	for _, c := range capabilities.Capabilities {
+	for _, c := range capabilities.GetCapabilities() {
 		switch {
 		case c.GetService() != nil:
-			got[c.GetService().Type.String()] = true
+			got[c.GetService().GetType().String()] = true
 		case c.GetVolumeExpansion() != nil:
-			got["expansion "+c.GetVolumeExpansion().Type.String()] = true
+			got["expansion "+c.GetVolumeExpansion().GetType().String()] = true
 		}
 	}
 	want := []string{"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "expansion ONLINE"}
@@ -56,7 +56,7 @@ func TestProbeIsReadyOnlyWhileTheDriverServes(t *testing.T) {
 	} {
 		step.do()
 		r, err := service.Probe(t.Context(), &csi.ProbeRequest{})
-		if err != nil || r.Ready.GetValue() != step.want {
+		if err != nil || r.GetReady().GetValue() != step.want {
 			t.Errorf("%q: got %v (error %v), want %v", ready.reason(), r, err, step.want)
 		}
 	}

@@ -5,10 +5,11 @@ import (
 	"strings"
 	"unicode"
 
-	"github.com/orlop-csi/orlop/pkg/pool"
 	"golang.org/x/sys/unix"
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 // The size limits of fields, in bytes (CSI spec v1.13.0, "Size Limits").

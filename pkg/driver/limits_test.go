@@ -6,8 +6,9 @@ import (
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
-	"github.com/orlop-csi/orlop/pkg/pool"
 	"google.golang.org/protobuf/proto"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 func mount(fsType string, flags ...string) *csi.VolumeCapability {
@@ -29,7 +30,7 @@ func TestFieldsOverTheSpecificationsLimitAreRefusedByName(t *testing.T) {
 		"bytes, not characters": {&csi.CreateVolumeRequest{Name: strings.Repeat("é", 65)}, "name has 130 bytes; the limit is 128"},
 		"snapshot's name":       {&csi.CreateSnapshotRequest{Name: text(129)}, "name has 129 bytes; the limit is 128"},
 
-		"any language":             {&csi.CreateVolumeRequest{Name: "größe 東京 🐳"}, ""},
+		"any language":             {&csi.CreateVolumeRequest{Name: "größe Ελλάδα 🐳"}, ""},
 		"blanks that are allowed":  {&csi.CreateVolumeRequest{Name: "a\tb\nc\rd"}, ""},
 		"path-like name":           {&csi.CreateVolumeRequest{Name: "../../etc"}, ""},
 		"NUL in a name":            {&csi.CreateVolumeRequest{Name: "a\x00b"}, `name "a\x00b" holds a control character`},

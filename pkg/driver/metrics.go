@@ -5,10 +5,11 @@ import (
 	"runtime"
 	"time"
 
-	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"google.golang.org/grpc/codes"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 // Metric describes one metric of the driver, for its documentation.

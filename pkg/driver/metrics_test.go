@@ -8,9 +8,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc/codes"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 // fixedPool is a pool in a state that a test chose.
@@ -103,12 +104,12 @@ func TestCallsAreTimedByMethodAndCode(t *testing.T) {
 		if f.GetName() != "csi_plugin_operations_seconds" {
 			continue
 		}
-		for _, m := range f.Metric {
+		for _, m := range f.GetMetric() {
 			var labels []string
-			for _, l := range m.Label {
+			for _, l := range m.GetLabel() {
 				labels = append(labels, l.GetName()+"="+l.GetValue())
 			}
-			got[strings.Join(labels, " ")] = m.Histogram.GetSampleCount()
+			got[strings.Join(labels, " ")] = m.GetHistogram().GetSampleCount()
 		}
 	}
 	want := map[string]uint64{

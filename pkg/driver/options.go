@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"errors"
 	"fmt"
 	"net"
 	"path/filepath"
@@ -41,7 +42,7 @@ func (o Options) Validate() error {
 		return fmt.Errorf("--node-id: %d bytes are more than the %d that CSI allows", len(o.NodeID), maxNodeID)
 	}
 	if o.ConfigFile == "" {
-		return fmt.Errorf("--config: must name the configuration file")
+		return errors.New("--config: must name the configuration file")
 	}
 	if !filepath.IsAbs(o.StateDir) {
 		return fmt.Errorf("--state-dir: %q is not an absolute path", o.StateDir)

@@ -164,7 +164,6 @@ func (w *web) serve(ctx context.Context) error {
 		IdleTimeout:       time.Minute,
 		ErrorLog:          klogLines("http"),
 	}
-	klog.InfoS("Serving metrics and health", "address", w.listener.Addr().String())
 	ended := make(chan error, 1)
 	go func() { ended <- server.Serve(w.listener) }()
 	select {

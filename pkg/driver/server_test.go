@@ -47,10 +47,11 @@ func (b *blocking) create(ctx context.Context, _ *csi.CreateVolumeRequest) (*csi
 
 // call starts a call and gives its error when it has ended.
 func (s *served) call(t *testing.T) chan error {
+	t.Helper()
 	result := make(chan error, 1)
 	go func() {
 		r, err := s.client.CreateVolume(t.Context(), &csi.CreateVolumeRequest{Name: "slow"})
-		if err == nil && r.Volume.VolumeId != "done" {
+		if err == nil && r.GetVolume().GetVolumeId() != "done" {
 			err = fmt.Errorf("got %v", r)
 		}
 		result <- err
@@ -77,9 +78,8 @@ func TestAtTheEndCallsInFlightFinishAndNewOnesAreRefused(t *testing.T) {
 	within(t, 10*time.Second, b.began)
 	s.stop()
 
-	path := s.calls.listener.(*socket).path
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		if _, err := os.Lstat(path); errors.Is(err, os.ErrNotExist) {
+		if _, err := os.Lstat(s.path); errors.Is(err, os.ErrNotExist) {
 			break
 		}
 		if time.Now().After(deadline) {
@@ -89,7 +89,7 @@ func TestAtTheEndCallsInFlightFinishAndNewOnesAreRefused(t *testing.T) {
 	if got := s.calls.ready.reason(); got != "shutting down" {
 		t.Errorf("readiness is %q", got)
 	}
-	if c, err := net.Dial("unix", path); err == nil {
+	if c, err := net.Dial("unix", s.path); err == nil {
 		c.Close()
 		t.Error("a new client can connect")
 	}
@@ -134,7 +134,7 @@ func TestACallThatOutlastsTheTimeoutIsCutOff(t *testing.T) {
 func TestAClientThatSaysNothingDoesNotHoldTheEndUp(t *testing.T) {
 	captureLog(t, "text", 0)
 	s := serve(t, &fakeServices{}, 50*time.Millisecond)
-	silent, err := net.Dial("unix", s.calls.listener.(*socket).path)
+	silent, err := net.Dial("unix", s.path)
 	if err != nil {
 		t.Fatal(err)
 	}

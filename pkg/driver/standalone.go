@@ -10,13 +10,14 @@ import (
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"github.com/prometheus/client_golang/prometheus"
+	"k8s.io/klog/v2"
+
 	"github.com/orlop-csi/orlop/pkg/config"
 	"github.com/orlop-csi/orlop/pkg/controller"
 	"github.com/orlop-csi/orlop/pkg/node"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/pool/image"
-	"github.com/prometheus/client_golang/prometheus"
-	"k8s.io/klog/v2"
 )
 
 // standalone is a driver with every service on one socket.
@@ -38,7 +39,7 @@ func Standalone(ctx context.Context, o Options) error {
 	if err != nil {
 		return err
 	}
-	socket, err := listenAt(o.Endpoint)
+	socket, err := listenAt(ctx, o.Endpoint)
 	if err != nil {
 		return fmt.Errorf("--endpoint: %w", err)
 	}
@@ -54,6 +55,7 @@ func Standalone(ctx context.Context, o Options) error {
 			return fmt.Errorf("--metrics-address: %w", err)
 		}
 		defer l.Close()
+		s.options.MetricsAddress = l.Addr().String() // with the port, where 0 asked for any
 		parts = append(parts, (&web{listener: l, metrics: registry, ready: &s.ready}).serve)
 	}
 	return run(ctx, append(parts, s.serve)...)
@@ -103,7 +105,13 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	s.registry.MustRegister(collector)
 	defer s.registry.Unregister(collector)
 
-	klog.InfoS("Serving", "version", s.options.Version, "endpoint", s.options.Endpoint, "node", s.options.NodeID)
+	// Only now, so that a start that fails says nothing but why.
+	for _, e := range engines {
+		info, counts := e.Info(), e.Counts()
+		klog.InfoS("Pool", "pool", info.Name, "id", info.ID, "reflink", info.Reflink,
+			"volumes", counts.Volumes, "snapshots", counts.Snapshots, "damaged", counts.Damaged)
+	}
+	klog.InfoS("Serving", "version", s.options.Version, "node", s.options.NodeID, "endpoint", s.options.Endpoint, "metrics", s.options.MetricsAddress)
 	return s.calls.serve(ctx)
 }
 
@@ -127,9 +135,6 @@ func (s *standalone) openPools(ctx context.Context) (engines []pool.Engine, err 
 			return engines, fmt.Errorf("configuration %s: pools[%d]: %w", s.options.ConfigFile, i, err)
 		}
 		engines = append(engines, e)
-		info, counts := e.Info(), e.Counts()
-		klog.InfoS("Pool open", "pool", info.Name, "id", info.ID, "reflink", info.Reflink,
-			"volumes", counts.Volumes, "snapshots", counts.Snapshots, "damaged", counts.Damaged)
 	}
 	return engines, nil
 }

@@ -4,10 +4,11 @@ import (
 	"context"
 	"errors"
 
-	"github.com/orlop-csi/orlop/pkg/pool"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 // kindCodes gives the gRPC code of each kind of error, after the error tables

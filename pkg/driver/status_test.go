@@ -7,10 +7,11 @@ import (
 	"os"
 	"testing"
 
-	"github.com/orlop-csi/orlop/pkg/pool"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 func TestEachKindOfErrorHasItsCode(t *testing.T) {
@@ -67,7 +68,7 @@ func TestAStatusStaysAsItIs(t *testing.T) {
 		t.Errorf("nil becomes %v", err)
 	}
 	own := status.Error(codes.Unimplemented, "no such call")
-	if got := toStatus(own); got != own {
+	if got := toStatus(own); got != own { //nolint:errorlint // the very same
 		t.Errorf("%v becomes %v", own, got)
 	}
 	wrapped := fmt.Errorf("asked: %w", own)

@@ -10,8 +10,6 @@ VERSION  ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),unkno
 IMAGE    ?= csi-driver:$(VERSION)
 FUZZTIME ?= 20s
 
-DEMO    := ./tests/demo
-BENCH   := ./tests/bench
 MODULES := . tests/sanity tools
 LINT    := go tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run --config=$(CURDIR)/.golangci.yml
 
@@ -27,7 +25,7 @@ build: need-go ## Build bin/csi-driver, a static binary
 
 .PHONY: demo
 demo: need-root need-filesystems build ## Provision, mount, snapshot, clone and grow on this machine; leaves nothing behind
-	@go run $(DEMO)
+	@go run ./demo
 
 .PHONY: image
 image: need-root need-go ## Build the container image, without a registry if there is none
@@ -35,9 +33,8 @@ image: need-root need-go ## Build the container image, without a registry if the
 	@scripts/image $(IMAGE) $(VERSION)
 
 .PHONY: bench
-bench: need-root need-filesystems ## Measure latencies, the data path and memory
-	@scripts/install fio
-	@go run $(BENCH)
+bench: need-root need-filesystems ## Measure latencies, start and memory
+	go test -tags integration -run '^$$' -bench . ./tests/bench
 
 .PHONY: clean
 clean: ## Remove what was built here
@@ -75,7 +72,7 @@ lint: need-go ## Run golangci-lint on the driver and its tests
 
 .PHONY: fmt
 fmt: need-go ## Format the Go code
-	gofmt -s -w cmd pkg tests
+	gofmt -s -w cmd demo pkg tests
 
 .PHONY: update
 update: fmt ## Regenerate what is generated: go.mod and go.sum, docs/reference.md

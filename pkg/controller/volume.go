@@ -227,11 +227,11 @@ func (s *Server) ValidateVolumeCapabilities(_ context.Context, r *csi.ValidateVo
 	}
 	for _, c := range r.GetVolumeCapabilities() {
 		if err := mustSuit(v, c); err != nil {
-			return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
+			return &csi.ValidateVolumeCapabilitiesResponse{Message: request.Brief(err.Error())}, nil
 		}
 	}
 	if _, err := request.ParseParameters(r.GetParameters()); err != nil {
-		return &csi.ValidateVolumeCapabilitiesResponse{Message: err.Error()}, nil
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: request.Brief(err.Error())}, nil
 	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 		VolumeContext:      r.GetVolumeContext(),

@@ -4,10 +4,8 @@ import (
 	"bytes"
 	"context"
 	"errors"
-	"io"
 	"math/rand/v2"
 	"os"
-	"path/filepath"
 	"slices"
 	"testing"
 
@@ -115,9 +113,9 @@ func read(t *testing.T, f *os.File) []byte {
 	if err != nil {
 		t.Fatal(err)
 	}
-	data, err := io.ReadAll(io.NewSectionReader(f, 0, info.Size()))
-	if err != nil || int64(len(data)) != info.Size() {
-		t.Fatalf("read %d of %d bytes of %s: %v", len(data), info.Size(), filepath.Base(f.Name()), err)
+	data := make([]byte, info.Size())
+	if _, err := f.ReadAt(data, 0); err != nil {
+		t.Fatal(err)
 	}
 	return data
 }

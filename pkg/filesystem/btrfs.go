@@ -17,8 +17,9 @@ import (
 // the kernel refuses, or from Linux 6.7 renames for the time being (temp_fsid),
 // a second btrfs of the same UUID. XFS is mounted nouuid, and ext4 does not
 // care. A filesystem in use is ErrBusy, one whose superblock cannot be trusted
-// is ErrDamaged. Nothing written before is lost, whether it was frozen or not
-// when the copy was taken.
+// is ErrDamaged; one of several devices, or with another checksum than Make can
+// give it, is an error and left as it is. Nothing that was fsynced is lost,
+// whether the copy was taken of a frozen filesystem or of a live one.
 //
 // It does what btrfstune -m does (the feature METADATA_UUID, Linux 5.0): the
 // superblock gets a new UUID and keeps the old one beside it, as the one that

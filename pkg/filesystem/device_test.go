@@ -149,6 +149,16 @@ func (d device) copy(t *testing.T) device {
 	return attachImage(t, image, 0)
 }
 
+// idle tells whether nothing holds the device.
+func (d device) idle() bool {
+	fd, err := unix.Open(d.path, unix.O_RDONLY|unix.O_EXCL|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return false
+	}
+	unix.Close(fd)
+	return true
+}
+
 // mounted mounts a device on a new directory until the test ends.
 func (d device) mounted(t *testing.T, fs Type, options ...string) string {
 	t.Helper()

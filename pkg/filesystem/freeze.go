@@ -17,7 +17,7 @@ import (
 // One that is frozen already is ErrFrozen: somebody else will thaw it, or
 // nobody, if a process died in between; then [Thaw] does. After an error
 // nothing stays frozen: a freeze that succeeds after ctx ended is thawed at
-// once.
+// once. Until then it keeps the mount busy.
 //
 // thaw can be called more than once, and does not wait for any context, for it
 // must not be given up. Until then the mount cannot be unmounted.

@@ -58,10 +58,15 @@ func growOpen(fd int, device uint64) error {
 	return fmt.Errorf("its type (%#x) cannot be grown", stat.Type)
 }
 
-// growExt4 leaves it to the kernel to see that there is nothing to do.
+// growExt4 asks the kernel only if there is something to do: it wants
+// CAP_SYS_RESOURCE in any case.
 func growExt4(fd int, device, blockSize uint64) error {
 	size, err := deviceSize(device)
 	if err != nil {
+		return err
+	}
+	spans, err := spansExt4(device, size, blockSize)
+	if err != nil || spans {
 		return err
 	}
 	blocks := size / blockSize
@@ -70,6 +75,70 @@ func growExt4(fd int, device, blockSize uint64) error {
 		err = fmt.Errorf("%w (it takes CAP_SYS_RESOURCE, and a filesystem in which the kernel found no errors)", err)
 	}
 	return err
+}
+
+// spansExt4 reads the superblock of a mounted ext4 from the page cache of its
+// device, where the kernel has it and changes it.
+func spansExt4(device, size, blockSize uint64) (bool, error) {
+	f, err := os.Open("/dev/" + kernelName(device))
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	head := make([]byte, 2048)
+	if _, err := f.ReadAt(head, 0); err != nil {
+		return false, err
+	}
+	info, ok := decodeExt4(head)
+	if !ok {
+		return false, fmt.Errorf("%s: %w", f.Name(), ErrNone)
+	}
+	return size-uint64(info.Size) < blockSize, nil
+}
+
+// leftOut is how much of a device resize2fs may leave out at its end, in bytes:
+// a block group that would be little more than its own tables.
+const leftOut = 16 << 20
+
+// GrowUnmounted makes the filesystem on a device that is not mounted as large
+// as the device, if Grow could not do so once it is mounted: that is ext4, in a
+// process that lacks CAP_SYS_RESOURCE. Else it does nothing. It checks the
+// whole filesystem first, which takes its time; resize2fs insists. Less than
+// 16 MiB are not worth it.
+func GrowUnmounted(ctx context.Context, device string, t Type) error {
+	if t != Ext4 || hasCapability(unix.CAP_SYS_RESOURCE) {
+		return nil
+	}
+	number, err := deviceNumber(device)
+	if err != nil {
+		return err
+	}
+	size, err := deviceSize(number)
+	if err != nil {
+		return err
+	}
+	info, err := Probe(device)
+	if err != nil {
+		return err
+	}
+	if int64(size)-info.Size < leftOut {
+		return nil
+	}
+	if err := run(ctx, 1, "e2fsck", "-f", "-p", device); err != nil { // 1: errors corrected, e2fsck(8)
+		return err
+	}
+	return run(ctx, 0, "resize2fs", device)
+}
+
+// hasCapability tells whether this process may use a capability
+// (capabilities(7)).
+func hasCapability(number int) bool {
+	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
+	var data [2]unix.CapUserData
+	if err := unix.Capget(&header, &data[0]); err != nil {
+		return false
+	}
+	return data[number/32].Effective&(1<<(number%32)) != 0
 }
 
 func growXFS(fd int, device uint64) error {

@@ -19,11 +19,11 @@ import (
 //
 // An option that the kernel refuses is ErrOption, unless it does so only when
 // it sees the superblock (some combinations of options; all of them with btrfs
-// before Linux 6.8). A device that something else holds, or that is mounted
-// writable where read-only is wanted and the other way round, is ErrBusy; what
-// the kernel finds corrupt is ErrDamaged; a device without any of the three
-// filesystems is ErrNone. The error has the kernel's own words, also those that
-// it writes only to its log.
+// before Linux 6.8). A device that something else holds, or an ext4 or XFS that
+// is mounted writable where read-only is wanted or the other way round, is
+// ErrBusy; what the kernel finds corrupt is ErrDamaged; a device without any of
+// the three filesystems is ErrNone. The error has the kernel's own words, also
+// those that it writes only to its log.
 //
 // When ctx ends, nothing gets mounted any more.
 func Mount(ctx context.Context, device, target string, t Type, options []string, readOnly bool) error {
@@ -188,6 +188,9 @@ func attach(mount int, target string) error {
 // Where nothing is mounted, or nothing is at all, it does nothing. A filesystem
 // in use is ErrBusy. When ctx ends before the kernel is done, the unmounting
 // goes on.
+//
+// One that was left frozen is unmounted and yet keeps its device, until it is
+// mounted again and thawed: [Thaw] it first.
 func Unmount(ctx context.Context, target string) error {
 	_, err := within(ctx, "unmount "+target, func() (struct{}, error) {
 		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)

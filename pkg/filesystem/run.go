@@ -15,6 +15,7 @@ import (
 var packages = map[string]string{
 	"mkfs.ext4":  "e2fsprogs",
 	"e2fsck":     "e2fsprogs",
+	"resize2fs":  "e2fsprogs",
 	"mkfs.xfs":   "xfsprogs",
 	"mkfs.btrfs": "btrfs-progs",
 }

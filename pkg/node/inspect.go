@@ -74,8 +74,8 @@ func (s *Server) NodeExpandVolume(ctx context.Context, r *csi.NodeExpandVolumeRe
 		}
 	}
 	if v.Access == pool.AccessFilesystem {
-		if err := filesystem.Grow(ctx, here.Path); err != nil {
-			return nil, fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)
+		if err := grow(ctx, v, here.Path); err != nil {
+			return nil, err
 		}
 	}
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: v.Size}, nil

@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/pool"
@@ -129,8 +130,20 @@ func stageFilesystem(ctx context.Context, engine pool.Engine, v pool.Volume, sta
 		return nil
 	}
 	// A clone larger than its source, or a growth of a volume that was not
-	// mounted.
-	if err := filesystem.Grow(ctx, staging); err != nil {
+	// mounted. What Grow is not allowed, GrowUnmounted has done before.
+	if err := grow(ctx, v, staging); !errors.Is(err, unix.EPERM) {
+		return err
+	}
+	return nil
+}
+
+// grow makes a mounted filesystem span its volume.
+func grow(ctx context.Context, v pool.Volume, path string) error {
+	err := filesystem.Grow(ctx, path)
+	if errors.Is(err, unix.EPERM) {
+		return pool.Errorf(pool.ErrPrecondition, "growing the filesystem of volume %s while it is mounted: %w; give the driver that capability, or stop the workload: it grows when it is staged again", v.ID, err)
+	}
+	if err != nil {
 		return fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)
 	}
 	return nil
@@ -203,6 +216,9 @@ func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device stri
 		}
 		if err := filesystem.Check(ctx, device, fsType); err != nil {
 			return fmt.Errorf("checking volume %s: %w", v.ID, err)
+		}
+		if err := filesystem.GrowUnmounted(ctx, device, fsType); err != nil {
+			return fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)
 		}
 	}
 	return engine.SetContent(ctx, v.Name, pool.ContentFilesystem)

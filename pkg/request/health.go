@@ -1,6 +1,8 @@
 package request
 
 import (
+	"strings"
+
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/orlop-csi/orlop/pkg/pool"
@@ -18,7 +20,7 @@ func Health(volumeID string, conditions []pool.Condition) *csi.VolumeHealth {
 				pool.DataLoss:     csi.VolumeHealthErrorType_DATA_LOSS,
 			}[c.Severity],
 			Reason:  c.Reason,
-			Message: c.Message,
+			Message: Brief(c.Message),
 		})
 	}
 	return health
@@ -33,10 +35,23 @@ func StorageHealth(conditions []pool.Condition) []*csi.NodeGetStorageHealthRespo
 			status = csi.StorageHealthErrorType_STORAGE_DEGRADED
 		}
 		health = append(health, &csi.NodeGetStorageHealthResponse_StorageBackendHealth{
-			Status: status, Reason: c.Reason, Message: c.Message,
+			Status: status, Reason: c.Reason, Message: Brief(c.Message),
 		})
 	}
 	return health
+}
+
+// maxString is the size limit of a string field in bytes (CSI spec v1.13.0,
+// "Size Limits"). It holds for what a plugin sends, too.
+const maxString = 128
+
+// Brief cuts a text so that it fits a string field.
+func Brief(s string) string {
+	if len(s) <= maxString {
+		return s
+	}
+	const cut = "…"
+	return strings.ToValidUTF8(s[:maxString-len(cut)], "") + cut
 }
 
 // once joins the messages of the conditions that have severity and reason in

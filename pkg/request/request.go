@@ -4,6 +4,7 @@
 package request
 
 import (
+	"cmp"
 	"math"
 	"slices"
 	"strings"
@@ -25,7 +26,7 @@ const DefaultSize = 1 << 30
 // Capability is how a volume is to be used.
 type Capability struct {
 	Access     pool.Access
-	Filesystem filesystem.Type // for filesystem access
+	Filesystem filesystem.Type // for filesystem access; empty: none is named
 	MountFlags []string
 	Mode       csi.VolumeCapability_AccessMode_Mode
 }
@@ -60,7 +61,7 @@ func ParseCapability(c *csi.VolumeCapability) (Capability, error) {
 	case *csi.VolumeCapability_Block:
 		parsed.Access = pool.AccessBlock
 	case *csi.VolumeCapability_Mount:
-		fsType, err := filesystem.Parse(c.GetMount().GetFsType())
+		fsType, err := parseFilesystem(c.GetMount().GetFsType())
 		if err != nil {
 			return parsed, pool.Errorf(pool.ErrInvalid, "volume_capability.mount.fs_type: %w", err)
 		}
@@ -71,6 +72,14 @@ func ParseCapability(c *csi.VolumeCapability) (Capability, error) {
 		return parsed, pool.Errorf(pool.ErrInvalid, "volume_capability has neither mount nor block access")
 	}
 	return parsed, nil
+}
+
+// parseFilesystem reads the name of a filesystem; no name stays none.
+func parseFilesystem(name string) (filesystem.Type, error) {
+	if name == "" {
+		return "", nil
+	}
+	return filesystem.Parse(name)
 }
 
 // ParseCapabilities checks the capabilities of one volume, which must agree on
@@ -88,12 +97,19 @@ func ParseCapabilities(list []*csi.VolumeCapability) (Capability, error) {
 		if err != nil {
 			return Capability{}, err
 		}
-		if next.Access != first.Access || next.Filesystem != first.Filesystem {
-			return Capability{}, pool.Errorf(pool.ErrInvalid, "volume_capabilities ask for %s and for %s access: one volume has one of them, with one filesystem", first.Access, next.Access)
+		if next.Access != first.Access {
+			return Capability{}, pool.Errorf(pool.ErrInvalid, "volume_capabilities ask for %s and for %s access: one volume has one of them", first.Access, next.Access)
 		}
+		if !agree(next.Filesystem, first.Filesystem) {
+			return Capability{}, pool.Errorf(pool.ErrInvalid, "volume_capabilities ask for %s and for %s: one volume has one filesystem", first.Filesystem, next.Filesystem)
+		}
+		first.Filesystem = cmp.Or(first.Filesystem, next.Filesystem)
 	}
 	return first, nil
 }
+
+// agree reports whether two names of filesystems are the same, or one is none.
+func agree(a, b filesystem.Type) bool { return a == "" || b == "" || a == b }
 
 // The parameters of a StorageClass, and of a CSI inline volume.
 const (
@@ -152,7 +168,7 @@ func parse(given map[string]string, inline bool) (Parameters, error) {
 		case key == ParameterProvisioning:
 			p.Provisioning, err = parseProvisioning(value)
 		case key == ParameterFilesystem:
-			p.Filesystem, err = filesystem.Parse(value)
+			p.Filesystem, err = parseFilesystem(value)
 		case key == ParameterMkfsOptions:
 			p.MkfsOptions = strings.Join(strings.Fields(value), " ")
 		case key == ParameterSize && inline:
@@ -182,9 +198,10 @@ func parseSize(value string) (int64, error) {
 	if err != nil {
 		return 0, pool.Errorf(pool.ErrInvalid, "%.64q is not a size such as 10Gi", value)
 	}
-	n, exact := q.AsInt64()
-	if !exact || n <= 0 {
-		return 0, pool.Errorf(pool.ErrInvalid, "%.64q is not a positive number of bytes", value)
+	// Value rounds a fraction up, and caps what is larger at the largest.
+	n := q.Value()
+	if n <= 0 || n == math.MaxInt64 || q.CmpInt64(n) != 0 {
+		return 0, pool.Errorf(pool.ErrInvalid, "%.64q is not a positive whole number of bytes", value)
 	}
 	return n, nil
 }
@@ -195,10 +212,10 @@ func Layout(c Capability, p Parameters) (filesystem.Type, []string, error) {
 	if c.Access == pool.AccessBlock {
 		return "", nil, nil // a class may serve both kinds of volume
 	}
-	fsType := c.Filesystem
-	if p.Filesystem != "" {
-		fsType = p.Filesystem
+	if !agree(c.Filesystem, p.Filesystem) {
+		return "", nil, pool.Errorf(pool.ErrInvalid, "volume_capability asks for %s, parameter %s for %s", c.Filesystem, ParameterFilesystem, p.Filesystem)
 	}
+	fsType := cmp.Or(c.Filesystem, p.Filesystem, filesystem.Ext4)
 	words := strings.Fields(p.MkfsOptions)
 	if err := filesystem.ValidateOptions(fsType, words); err != nil {
 		return "", nil, pool.Errorf(pool.ErrInvalid, "parameter %s: %w", ParameterMkfsOptions, err)

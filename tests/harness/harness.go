@@ -258,7 +258,7 @@ func Clean(t testing.TB, dir string) {
 		for i := len(mounts) - 1; i >= 0; i-- {
 			if p := mounts[i].Path; p == dir || strings.HasPrefix(p, dir+"/") {
 				left = true
-				if _, err := filesystem.Thaw(p); err == nil {
+				if frozen, err := filesystem.Thaw(p); err == nil && frozen {
 					t.Logf("%s was frozen", p)
 				}
 				if err := filesystem.Unmount(ctx, p); err != nil {

@@ -67,11 +67,11 @@ func TestDataThatWasNeverSyncedIsThereAfterUnstage(t *testing.T) {
 
 func TestDataPathLeaksNothing(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("8Gi"))
-	dataCycles(t, d, 8) // what the process opens once and keeps
+	dataCycles(t, d, "warm-up", 8) // what the process opens once and keeps
 	fds := dataOpenFiles(t, d)
 	loops, mounts := len(dataLoops(t, d.Dir)), len(dataMounts(t, d.Dir))
 
-	dataCycles(t, d, dataRounds(t, 200))
+	dataCycles(t, d, "cycle", dataRounds(t, 200))
 
 	dataMustHoldNothing(t, dataPool(d))
 	if n := len(dataLoops(t, d.Dir)); n != loops {
@@ -89,7 +89,7 @@ func TestDataPathLeaksNothing(t *testing.T) {
 }
 
 // dataCycles takes n volumes through their whole life, four at a time.
-func dataCycles(t *testing.T, d *harness.Driver, n int) {
+func dataCycles(t *testing.T, d *harness.Driver, prefix string, n int) {
 	t.Helper()
 	numbers := make(chan int)
 	var workers sync.WaitGroup
@@ -97,8 +97,8 @@ func dataCycles(t *testing.T, d *harness.Driver, n int) {
 		workers.Go(func() {
 			for number := range numbers {
 				kind := dataKinds[number%2*3] // ext4 and block
-				if err := dataCycle(d, fmt.Sprintf("cycle-%d", number), kind); err != nil {
-					t.Errorf("cycle %d: %v", number, err)
+				if err := dataCycle(d, fmt.Sprintf("%s-%d", prefix, number), kind); err != nil {
+					t.Errorf("%s %d: %v", prefix, number, err)
 				}
 			}
 		})

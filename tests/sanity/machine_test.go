@@ -164,10 +164,11 @@ func stop(driver *os.Process, ended <-chan error) error {
 	}
 }
 
-// build compiles one command.
-func build(t *testing.T, module, output, pkg string) {
+// build compiles one command, in the module that is in a directory.
+func build(t *testing.T, module, output, pkg string, flags ...string) {
 	t.Helper()
-	cmd := exec.Command("go", "build", "-tags=protoreflect", "-buildvcs=false", "-o", output, pkg)
+	args := append([]string{"build", "-buildvcs=false", "-o", output}, flags...)
+	cmd := exec.Command("go", append(args, pkg)...)
 	cmd.Dir = module
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("building %s: %v\n%s", pkg, err, out)

@@ -111,7 +111,7 @@ func (e *Engine) Detach(ctx context.Context, name string, device pool.Device) er
 		if d.Number != device.Number {
 			continue
 		}
-		if err := mustBeUnused(name, d); err != nil {
+		if err := mustBeReleased(name, d); err != nil {
 			return err
 		}
 		err := d.Detach(ctx)
@@ -127,9 +127,9 @@ func (e *Engine) Detach(ctx context.Context, name string, device pool.Device) er
 	return nil
 }
 
-// mustBeUnused asks the kernel whether a device is mounted or handed out
+// mustBeReleased asks the kernel whether a device is mounted or handed out
 // anywhere that we can see.
-func mustBeUnused(name string, d loop.Device) error {
+func mustBeReleased(name string, d loop.Device) error {
 	mounts, nodes, err := filesystem.UsesOf(d.Number)
 	if err != nil {
 		return err
@@ -151,7 +151,7 @@ func (e *Engine) mustBeIdle(name string) error {
 		return err
 	}
 	for _, d := range found {
-		if err := mustBeUnused(name, d); err != nil {
+		if err := mustBeReleased(name, d); err != nil {
 			return err
 		}
 		return pool.Errorf(pool.ErrInUse, "volume %s is in use: it is attached to %s; unstage it first", name, d.Path)

@@ -27,6 +27,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"slices"
 	"sync"
 	"time"
 
@@ -48,6 +49,9 @@ const (
 	volumeFile   = "volume.json"
 	snapshotFile = "snapshot.json"
 )
+
+// directories are all directories of a pool.
+var directories = []string{volumesDir, snapshotsDir, stagingDir, trashDir}
 
 // extentHint is the unit in which the filesystem of the pool lays out an image,
 // in bytes. Larger means fewer extents, so that a snapshot of a volume that was
@@ -184,8 +188,8 @@ func (e *Engine) identify(o Options) error {
 	err = readMetadata(e.root, identityFile, &e.identity)
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
-		if known != "" {
-			return pool.Errorf(pool.ErrPrecondition, "%s holds no pool, but this node's pool %q was %s: is its disk mounted? If it is gone for good, remove %s to begin a new pool", e.dir, o.Pool.Name, known, record)
+		if err := mustBeNew(o, "source", e.dir+" holds no pool"); err != nil {
+			return err
 		}
 		if err := e.initialise(); err != nil {
 			return fmt.Errorf("making %s a pool: %w", e.dir, err)
@@ -193,9 +197,9 @@ func (e *Engine) identify(o Options) error {
 	case err != nil:
 		return err
 	case known != "" && known != e.identity.ID:
-		return pool.Errorf(pool.ErrPrecondition, "%s holds pool %s, but this node's pool %q was %s: is the right disk mounted? If it is meant, remove %s", e.dir, e.identity.ID, o.Pool.Name, known, record)
+		return pool.Errorf(pool.ErrPrecondition, "source: %s holds pool %s, but this node's pool %q was %s: is the right disk mounted? If it is meant, remove %s", e.dir, e.identity.ID, o.Pool.Name, known, record)
 	}
-	for _, dir := range []string{volumesDir, snapshotsDir, stagingDir, trashDir} {
+	for _, dir := range directories {
 		if info, err := e.root.Lstat(dir); err != nil || !info.IsDir() {
 			return pool.Errorf(pool.ErrDamaged, "%s should be a directory of the pool and is not; restore it from where it went, nothing was changed", path.Join(e.dir, dir))
 		}
@@ -209,28 +213,10 @@ func (e *Engine) identify(o Options) error {
 // initialise makes an empty directory a pool. The identity comes last: without
 // it, what an earlier try left (empty directories) still counts as empty.
 func (e *Engine) initialise() error {
-	dirs := map[string]bool{volumesDir: true, snapshotsDir: true, stagingDir: true, trashDir: true}
-	entries, err := fs.ReadDir(e.root.FS(), ".")
-	if err != nil {
+	if err := mustBeUnused(e.root.FS()); err != nil {
 		return err
 	}
-	for _, entry := range entries {
-		name := entry.Name()
-		if name == "lost+found" {
-			continue
-		}
-		if dirs[name] {
-			inside, err := fs.ReadDir(e.root.FS(), name)
-			if err != nil {
-				return err
-			}
-			if len(inside) == 0 || name == stagingDir {
-				continue
-			}
-		}
-		return pool.Errorf(pool.ErrPrecondition, "the directory is not empty (it has %q); give the pool a directory of its own", name)
-	}
-	for dir := range dirs {
+	for _, dir := range directories {
 		if err := e.root.Mkdir(dir, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
 			return err
 		}
@@ -245,6 +231,28 @@ func (e *Engine) initialise() error {
 		e.identity.Overhead = stat.size - stat.free
 	}
 	return replaceMetadata(e.root, identityFile, path.Join(stagingDir, identityFile), e.identity)
+}
+
+// mustBeUnused refuses a directory that has anything in it but what making it a
+// pool may have left.
+func mustBeUnused(dir fs.FS) error {
+	entries, err := fs.ReadDir(dir, ".")
+	if err != nil {
+		return err
+	}
+	for _, entry := range entries {
+		name := entry.Name()
+		if name == "lost+found" || name == stagingDir {
+			continue
+		}
+		if slices.Contains(directories, name) {
+			if inside, err := fs.ReadDir(dir, name); err != nil || len(inside) == 0 {
+				continue
+			}
+		}
+		return pool.Errorf(pool.ErrPrecondition, "the directory is not empty (it has %q); give the pool a directory of its own", name)
+	}
+	return nil
 }
 
 // tryReflink finds out whether the pool's filesystem can share blocks between

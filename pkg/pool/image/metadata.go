@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path"
+	"path/filepath"
 
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
@@ -66,9 +67,37 @@ func decode(data []byte, v any) error {
 	return nil
 }
 
+// openRegular opens a regular file in a directory of the pool. A link that
+// somebody planted in the place of one of the two is not followed, even if it
+// stays in the pool: it would make one volume another.
+func openRegular(root *os.Root, name string, flag int) (*os.File, error) {
+	if err := mustBeDir(root, path.Dir(name)); err != nil {
+		return nil, err
+	}
+	info, err := root.Lstat(name)
+	if err != nil {
+		return nil, err
+	}
+	if !info.Mode().IsRegular() {
+		return nil, pool.Errorf(pool.ErrDamaged, "%s is not a regular file (%s)", filepath.Join(root.Name(), name), info.Mode())
+	}
+	return root.OpenFile(name, flag, 0)
+}
+
+func mustBeDir(root *os.Root, name string) error {
+	info, err := root.Lstat(name)
+	if err != nil {
+		return err
+	}
+	if !info.IsDir() {
+		return pool.Errorf(pool.ErrDamaged, "%s is not a directory (%s)", filepath.Join(root.Name(), name), info.Mode())
+	}
+	return nil
+}
+
 // readMetadata reads one metadata file of the pool.
 func readMetadata(root *os.Root, name string, v any) error {
-	f, err := root.Open(name)
+	f, err := openRegular(root, name, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
@@ -107,6 +136,9 @@ func writeMetadata(root *os.Root, name string, v any) error {
 // replaceMetadata puts a metadata file in the place of another in one step. On
 // return it is on stable storage.
 func replaceMetadata(root *os.Root, name, staged string, v any) error {
+	if err := mustBeDir(root, path.Dir(name)); err != nil {
+		return err
+	}
 	if err := writeMetadata(root, staged, v); err != nil {
 		return err
 	}

@@ -28,6 +28,23 @@ type source struct {
 	image     *loop.Device // that it is on, for a file source
 }
 
+// Check finds out whether a pool's source is there and fit to be opened. It
+// changes nothing, so that all pools can be checked before the first is
+// touched. Its errors name the field of the configuration.
+func Check(ctx context.Context, o Options) error {
+	s := o.Pool.Source
+	switch {
+	case s.File != nil:
+		_, err := checkFile(o, *s.File)
+		return err
+	case s.Device != "":
+		_, err := checkDevice(ctx, o, s.Device)
+		return err
+	default:
+		return checkDirectory(s.Directory)
+	}
+}
+
 func openSource(ctx context.Context, o Options) (*source, error) {
 	s := o.Pool.Source
 	switch {
@@ -36,7 +53,7 @@ func openSource(ctx context.Context, o Options) (*source, error) {
 	case s.Device != "":
 		return openDevice(ctx, o, s.Device)
 	default:
-		return openDirectory(s.Directory)
+		return &source{dir: s.Directory}, checkDirectory(s.Directory)
 	}
 }
 
@@ -58,38 +75,72 @@ func (s *source) close() error {
 	return err
 }
 
-func openDirectory(dir string) (*source, error) {
+func checkDirectory(dir string) error {
 	info, err := os.Stat(dir)
 	if err != nil {
-		return nil, pool.Errorf(pool.ErrPrecondition, "source.directory: %w; make it, or mount its disk, first", err)
+		return pool.Errorf(pool.ErrPrecondition, "source.directory: %w; make it, or mount its disk, first", err)
 	}
 	if !info.IsDir() {
-		return nil, pool.Errorf(pool.ErrPrecondition, "source.directory: %s is not a directory", dir)
+		return pool.Errorf(pool.ErrPrecondition, "source.directory: %s is not a directory", dir)
 	}
-	return &source{dir: dir}, nil
+	_, err = os.Lstat(filepath.Join(dir, identityFile))
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := mustBeUnused(os.DirFS(dir)); err != nil {
+			return fmt.Errorf("source.directory: %s: %w", dir, err)
+		}
+		return nil
+	}
+	return err
+}
+
+// checkFile checks an image file and tells whether it is there already.
+func checkFile(o Options, file config.FileSource) (exists bool, err error) {
+	const field = "source.file.path"
+	info, err := os.Lstat(file.Path)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		if _, err := os.Stat(filepath.Dir(file.Path)); err != nil {
+			return false, pool.Errorf(pool.ErrPrecondition, "%s: %w", field, err)
+		}
+		return false, mustBeNew(o, field, file.Path+" is gone")
+	case err != nil:
+		return false, pool.Errorf(pool.ErrPrecondition, "%s: %w", field, err)
+	case !info.Mode().IsRegular():
+		return false, pool.Errorf(pool.ErrPrecondition, "%s: %s is not a regular file", field, file.Path)
+	}
+	if err := mustBeOurs(file.Path, field); err != nil {
+		return false, err
+	}
+	if info.Size() > file.Size {
+		return false, pool.Errorf(pool.ErrPrecondition, "source.file.size: %s has %d bytes, more than %d; a pool cannot shrink", file.Path, info.Size(), file.Size)
+	}
+	return true, nil
+}
+
+// mustBeNew refuses to begin a new pool where this node has had one. gone says
+// what looks as if there had never been any.
+func mustBeNew(o Options, field, gone string) error {
+	known, err := readRecord(poolRecord(o))
+	if err != nil {
+		return err
+	}
+	if known != "" {
+		return pool.Errorf(pool.ErrPrecondition, "%s: %s, but this node's pool %q was %s: is its disk mounted? If it is gone for good, remove %s to begin a new pool", field, gone, o.Pool.Name, known, poolRecord(o))
+	}
+	return nil
 }
 
 // openFile mounts the filesystem in an image file. The file is made complete
 // under another name first: one that has its name is whole.
 func openFile(ctx context.Context, o Options, file config.FileSource) (_ *source, err error) {
-	info, err := os.Lstat(file.Path)
-	switch {
-	case errors.Is(err, fs.ErrNotExist):
-		if known, err := readRecord(poolRecord(o)); err != nil || known != "" {
-			return nil, errors.Join(err, pool.Errorf(pool.ErrPrecondition, "source.file.path: %s is gone, but this node's pool %q was %s: is its disk mounted? If it is gone for good, remove %s to begin a new pool", file.Path, o.Pool.Name, known, poolRecord(o)))
-		}
+	exists, err := checkFile(o, file)
+	if err != nil {
+		return nil, err
+	}
+	if !exists {
 		if err := makeFile(ctx, file); err != nil {
 			return nil, fmt.Errorf("source.file: making %s: %w", file.Path, err)
 		}
-	case err != nil:
-		return nil, pool.Errorf(pool.ErrPrecondition, "source.file.path: %w", err)
-	case !info.Mode().IsRegular():
-		return nil, pool.Errorf(pool.ErrPrecondition, "source.file.path: %s is not a regular file", file.Path)
-	case info.Size() > file.Size:
-		return nil, pool.Errorf(pool.ErrPrecondition, "source.file.size: %s has %d bytes, more than %d; a pool cannot shrink", file.Path, info.Size(), file.Size)
-	}
-	if err := mustBeOurs(file.Path, "source.file.path"); err != nil {
-		return nil, err
 	}
 	f, err := os.OpenFile(file.Path, os.O_RDWR, 0)
 	if err != nil {
@@ -198,34 +249,52 @@ func mustBeOurs(path, field string) error {
 	return nil
 }
 
-func openDevice(ctx context.Context, o Options, path string) (*source, error) {
+// disk is a block device that is to be a pool.
+type disk struct {
+	path   string // resolved
+	number uint64 // dev_t
+	ours   bool   // has a pool's filesystem on it; else it is blank
+}
+
+// checkDevice checks a block device: it has a pool on it, or is blank.
+func checkDevice(ctx context.Context, o Options, path string) (disk, error) {
 	const field = "source.device"
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return nil, pool.Errorf(pool.ErrPrecondition, "%s: %w", field, err)
+		return disk{}, pool.Errorf(pool.ErrPrecondition, "%s: %w", field, err)
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(resolved, &st); err != nil {
-		return nil, fmt.Errorf("%s: %s: %w", field, path, err)
+		return disk{}, fmt.Errorf("%s: %s: %w", field, path, err)
 	}
 	if st.Mode&unix.S_IFMT != unix.S_IFBLK {
-		return nil, pool.Errorf(pool.ErrPrecondition, "%s: %s is not a block device", field, path)
+		return disk{}, pool.Errorf(pool.ErrPrecondition, "%s: %s is not a block device", field, path)
 	}
-	if _, err := filesystem.Probe(resolved); errors.Is(err, filesystem.ErrNone) {
-		if known, err := readRecord(poolRecord(o)); err != nil || known != "" {
-			return nil, errors.Join(err, pool.Errorf(pool.ErrPrecondition, "%s: %s holds no pool, but this node's pool %q was %s: is it the right disk? If that one is gone for good, remove %s to begin a new pool", field, path, o.Pool.Name, known, poolRecord(o)))
-		}
-		if err := mustBeBlank(ctx, resolved, st.Rdev); err != nil {
-			return nil, fmt.Errorf("%s: %s was not formatted: %w", field, path, err)
-		}
-		if err := makePoolFilesystem(ctx, resolved); err != nil {
-			return nil, fmt.Errorf("%s: formatting %s: %w", field, path, err)
-		}
+	d := disk{path: resolved, number: st.Rdev, ours: true}
+	if _, err := filesystem.Probe(resolved); !errors.Is(err, filesystem.ErrNone) {
+		return d, mustBeOurs(resolved, field)
 	}
-	if err := mustBeOurs(resolved, field); err != nil {
+	if err := mustBeNew(o, field, path+" holds no pool"); err != nil {
+		return disk{}, err
+	}
+	if err := mustBeBlank(ctx, resolved, st.Rdev); err != nil {
+		return disk{}, fmt.Errorf("%s: %s cannot be made a pool: %w", field, path, err)
+	}
+	d.ours = false
+	return d, nil
+}
+
+func openDevice(ctx context.Context, o Options, path string) (*source, error) {
+	d, err := checkDevice(ctx, o, path)
+	if err != nil {
 		return nil, err
 	}
-	dir, err := mountPool(ctx, o, resolved, st.Rdev, []string{"noatime"})
+	if !d.ours {
+		if err := makePoolFilesystem(ctx, d.path); err != nil {
+			return nil, fmt.Errorf("source.device: formatting %s: %w", path, err)
+		}
+	}
+	dir, err := mountPool(ctx, o, d.path, d.number, []string{"noatime"})
 	if err != nil {
 		return nil, err
 	}

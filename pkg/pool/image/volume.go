@@ -243,17 +243,9 @@ func (e *Engine) make(dir, metadata string, fill func(data *os.File) (any, error
 	return syncDir(e.root, path.Dir(dir))
 }
 
-// open opens an image of the pool, which must be a regular file: a link that
-// somebody planted in its place is not followed.
+// open opens an image of the pool.
 func (e *Engine) open(name string, flag int) (*os.File, error) {
-	info, err := e.root.Lstat(name)
-	if err != nil {
-		return nil, err
-	}
-	if !info.Mode().IsRegular() {
-		return nil, pool.Errorf(pool.ErrDamaged, "%s is a %s, not a regular file", path.Join(e.dir, name), info.Mode().Type())
-	}
-	return e.root.OpenFile(name, flag, 0)
+	return openRegular(e.root, name, flag)
 }
 
 // openVolume opens a volume's image and checks that it is all there.

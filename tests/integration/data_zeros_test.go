@@ -1,0 +1,173 @@
+//go:build integration
+
+package integration
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"testing"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/orlop-csi/orlop/tests/harness"
+)
+
+// dataPools are the kinds of pool, each so small that what is new must take the
+// blocks of what was deleted.
+var dataPools = []struct {
+	name  string
+	start func(t *testing.T) (d *harness.Driver, poolDir string)
+}{
+	{"file", func(t *testing.T) (*harness.Driver, string) {
+		d := harness.Start(t, harness.FilePool("512Mi"))
+		return d, dataPool(d)
+	}},
+	{"directory on ext4", func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "ext4") }},
+	{"directory on btrfs", func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "btrfs") }},
+}
+
+// dataDirectory starts a driver with a pool in a directory of a disk of its
+// own.
+func dataDirectory(t *testing.T, fsType string) (*harness.Driver, string) {
+	t.Helper()
+	poolDir := filepath.Join(harness.Filesystem(t, fsType, 512*dataMiB), "pool")
+	dataMust(t, os.Mkdir(poolDir, 0o700))
+	return harness.Start(t, harness.DirectoryPool(poolDir)), poolDir
+}
+
+// No byte of an earlier tenant is ever readable: a new volume is zeros from end
+// to end, so is what a volume gains when it grows, and what a copy has beyond
+// its source. What is written to it changes those bytes alone.
+func TestDataOfADeletedVolumeIsNeverSeenAgain(t *testing.T) {
+	block := harness.Block(harness.Writer)
+	var islands []int64
+	for at := int64(8192); at < 256*dataMiB; at += 16*dataMiB + 12288 {
+		islands = append(islands, at)
+	}
+	for _, p := range dataPools {
+		for _, provisioning := range []string{"thin", "thick"} {
+			t.Run(p.name+", "+provisioning, func(t *testing.T) {
+				d, poolDir := p.start(t)
+				parameters := harness.Parameters("provisioning", provisioning)
+				tenant := func(size int64) { // fills the pool with noise, and goes
+					t.Helper()
+					id := d.Create("tenant", size, block).GetVolumeId()
+					dataFill(t, d.Use("tenant", id, block), size)
+					d.Release("tenant", id)
+					d.Delete(id)
+				}
+
+				tenant(304 * dataMiB)
+				id := d.Create("new", 256*dataMiB, block, parameters).GetVolumeId()
+				target := d.Use("new", id, block)
+				if n := dataMustBeZero(t, target, 0); n != 256*dataMiB {
+					t.Errorf("it has %d bytes", n)
+				}
+				dataMark(t, target, islands)
+				for range 2 {
+					dataMustBeMarked(t, target, islands)
+					dataMustBeZeroBut(t, target, islands)
+					d.Release("new", id) // and then what is on the disk, not in memory
+					d.Use("new", id, block)
+				}
+				d.Release("new", id)
+				d.Delete(id)
+
+				id = d.Create("small", 64*dataMiB, block, parameters).GetVolumeId()
+				target = d.Use("small", id, block)
+				sum := dataFill(t, target, 64*dataMiB)
+				tenant(240 * dataMiB)
+				dataMustBeFreed(t, poolDir)
+				dataGrow(t, d, id, target, "small", 128*dataMiB)
+				if n := dataMustBeZero(t, target, 64*dataMiB); n != 64*dataMiB {
+					t.Errorf("it grew by %d bytes", n)
+				}
+				dataMustHold(t, target, 64*dataMiB, sum)
+				d.Release("small", id)
+
+				larger := d.Create("larger", 192*dataMiB, block, parameters, harness.FromVolume(id)).GetVolumeId()
+				target = d.Use("larger", larger, block)
+				dataMustHold(t, target, 64*dataMiB, sum)
+				if n := dataMustBeZero(t, target, 64*dataMiB); n != 128*dataMiB {
+					t.Errorf("the copy has %d bytes after those of its source", n)
+				}
+				d.Release("larger", larger)
+			})
+		}
+	}
+}
+
+// dataMustBeFreed waits until nothing is being freed in a pool.
+func dataMustBeFreed(t *testing.T, poolDir string) {
+	t.Helper()
+	dataEventually(t, func() error {
+		trash, err := os.ReadDir(filepath.Join(poolDir, ".trash"))
+		if err == nil && len(trash) > 0 {
+			err = fmt.Errorf("%s is not freed", trash[0].Name())
+		}
+		return err
+	})
+}
+
+// dataMustBeZeroBut fails the test unless a device is zero but for the words of
+// dataMark.
+func dataMustBeZeroBut(t *testing.T, name string, marks []int64) {
+	t.Helper()
+	f, err := os.Open(name)
+	dataMust(t, err)
+	defer f.Close()
+	buf, zeros := make([]byte, dataMiB), make([]byte, dataMiB)
+	for offset := int64(0); offset < dataDeviceSize(t, name); offset += dataMiB {
+		if _, err := f.ReadAt(buf, offset); err != nil {
+			t.Fatal(err)
+		}
+		for _, mark := range marks {
+			if mark >= offset && mark < offset+dataMiB {
+				copy(buf[mark-offset:], zeros[:4])
+			}
+		}
+		if !bytes.Equal(buf, zeros) {
+			t.Fatalf("%s has a trace of an earlier tenant near byte %d", name, offset)
+		}
+	}
+}
+
+// What is discarded or zeroed reads as zeros at once. A thin volume gives the
+// blocks back to the pool; a thick one has been promised them.
+func TestDataDiscardGivesBlocksBackUnlessTheVolumeIsThick(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("1Gi"))
+	block := harness.Block(harness.Writer)
+	const size = 64 * dataMiB
+	for _, provisioning := range []string{"thin", "thick"} {
+		id := d.Create(provisioning, size, block, harness.Parameters("provisioning", provisioning)).GetVolumeId()
+		target := d.Use(provisioning, id, block)
+		dataFill(t, target, size)
+		out, err := exec.Command("blkdiscard", target).CombinedOutput()
+		if refused := err != nil; refused != (provisioning == "thick") {
+			t.Errorf("blkdiscard of a %s volume: %v %s", provisioning, err, out)
+		}
+		f, err := os.OpenFile(target, os.O_RDWR, 0)
+		dataMust(t, err)
+		if provisioning == "thick" {
+			err := unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, size)
+			if !errors.Is(err, unix.EOPNOTSUPP) {
+				t.Errorf("punching a hole into a thick volume: %v", err)
+			}
+			dataMust(t, unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_ZERO_RANGE|unix.FALLOC_FL_KEEP_SIZE, 0, size))
+		}
+		dataMust(t, f.Close())
+		dataMustBeZero(t, target, 0)
+		d.Release(provisioning, id)
+		used := dataBlocks(t, dataImage(dataPool(d), id))
+		if provisioning == "thick" && used < size {
+			t.Errorf("a thick volume of %d bytes has kept %d", size, used)
+		}
+		if provisioning == "thin" && used > dataMiB {
+			t.Errorf("a thin volume has kept %d bytes", used)
+		}
+	}
+}

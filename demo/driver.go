@@ -61,6 +61,7 @@ func (d *driver) start(ctx context.Context) error {
 		"--state-dir", filepath.Join(d.dir, "state"),
 		"--metrics-address", "")
 	d.process.Stderr = &d.log
+	d.process.WaitDelay = time.Second // should a child of it go on holding that
 	d.process.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is ours to act on
 	if err := d.process.Start(); err != nil {
 		return err
@@ -99,12 +100,25 @@ func (d *driver) ready(ctx context.Context) error {
 		}
 		select {
 		case <-d.ended:
-			return fmt.Errorf("csi-driver ended at its start: %w", d.outcome)
+			return errors.New("csi-driver did not start")
 		case <-ctx.Done():
-			return errors.Join(errors.New("csi-driver does not serve"), ctx.Err(), err)
+			return fmt.Errorf("csi-driver does not serve: %w", err)
 		case <-time.After(2 * time.Millisecond):
 			d.conn.ResetConnectBackoff()
 		}
+	}
+}
+
+// gone tells how the process ended, if it did so by itself.
+func (d *driver) gone() (outcome string, ok bool) {
+	if d.process == nil || d.ended == nil {
+		return "", false
+	}
+	select {
+	case <-d.ended:
+		return d.process.ProcessState.String(), true
+	default:
+		return "", false
 	}
 }
 

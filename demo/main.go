@@ -269,11 +269,18 @@ func (d *demo) play(ctx context.Context, s step) error {
 
 // explain tells why a step failed, with the end of what the driver had to say.
 func (d *demo) explain(ctx context.Context, err error) {
-	if ctx.Err() != nil {
+	switch {
+	case ctx.Err() != nil:
 		fmt.Fprintln(d.errOut, "\nInterrupted; undoing everything.")
+		return
+	case d.out.err != nil:
+		fmt.Fprintf(d.errOut, "\n%v; undoing everything.\n", d.out.err)
 		return
 	}
 	fmt.Fprintf(d.errOut, "\n%v\n", err)
+	if outcome, ok := d.driver.gone(); ok {
+		fmt.Fprintf(d.errOut, "csi-driver has ended: %s\n", outcome)
+	}
 	if tail := d.driver.log.tail(15); tail != "" {
 		fmt.Fprintf(d.errOut, "\nThe end of the driver's log:\n  %s\n", strings.ReplaceAll(tail, "\n", "\n  "))
 	}

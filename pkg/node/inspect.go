@@ -27,8 +27,9 @@ func (s *Server) locate(volumeID, field, path string) (pool.Engine, pool.Volume,
 	if err != nil {
 		return nil, pool.Volume{}, nil, err
 	}
+	// What cannot be a path has no volume (csi-sanity asks for "some/path").
 	resolved, err := resolve(field, path)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(err, pool.ErrInvalid) {
 		return nil, pool.Volume{}, nil, err
 	}
 	all, err := uses(engine, v.Name)

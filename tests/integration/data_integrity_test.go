@@ -45,7 +45,7 @@ func TestDataCopiesOfAVolumeInUseAreConsistent(t *testing.T) {
 				snapshot := d.Snapshot(name, id)
 				atMost := w.begun.Load()
 				dataMustBeClean(t, c.kind.name, filepath.Join(dataPool(d), "snapshots", name, "data"))
-				if c.kind.canGrow(t) {
+				if c.kind.growsInUse(t) {
 					size := dataGrow(t, d, id, target, "source", c.size+int64(round+1)*64*dataMiB)
 					dataMustSpan(t, c.kind, target, size)
 				}

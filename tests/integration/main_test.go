@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
+	"github.com/orlop-csi/orlop/pkg/loop"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
@@ -235,15 +236,33 @@ func ctlFrozen(t *testing.T, mountPoint string) (thaw func()) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	_, err := filesystem.Freeze(ctx, mountPoint)
+	undo, err := filesystem.Freeze(ctx, mountPoint)
 	ctlMust(t, err)
 	thaw = func() {
-		if _, err := filesystem.Thaw(mountPoint); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Errorf("thawing %s: %v", mountPoint, err)
+		if err := undo(); err != nil {
+			t.Error(err)
 		}
 	}
 	t.Cleanup(thaw) // before the driver is waited for
 	return thaw
+}
+
+// ctlLoop attaches a file to a loop device, until the test ends.
+func ctlLoop(t *testing.T, file string) string {
+	t.Helper()
+	f, err := os.OpenFile(file, os.O_RDWR, 0)
+	ctlMust(t, err)
+	defer f.Close()
+	device, err := loop.Attach(f, loop.Options{})
+	ctlMust(t, err)
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+		defer cancel()
+		if err := device.Detach(ctx); err != nil && !errors.Is(err, loop.ErrDetached) {
+			t.Errorf("detaching %s: %v", device.Path, err)
+		}
+	})
+	return device.Path
 }
 
 // ctlExt4 mounts a new ext4, which cannot share blocks, at a directory below

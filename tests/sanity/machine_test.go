@@ -165,10 +165,9 @@ func stop(driver *os.Process, ended <-chan error) error {
 }
 
 // build compiles one command, in the module that is in a directory.
-func build(t *testing.T, module, output, pkg string, flags ...string) {
+func build(t *testing.T, module, output, pkg string) {
 	t.Helper()
-	args := append([]string{"build", "-buildvcs=false", "-o", output}, flags...)
-	cmd := exec.Command("go", append(args, pkg)...)
+	cmd := exec.Command("go", "build", "-buildvcs=false", "-o", output, pkg)
 	cmd.Dir = module
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Fatalf("building %s: %v\n%s", pkg, err, out)

@@ -72,11 +72,7 @@ func TestSanity(t *testing.T) {
 	driver := filepath.Join(bin, "csi-driver")
 	build(t, "../..", driver, "./cmd/csi-driver")
 	suite := filepath.Join(bin, "csi-sanity")
-	// The suite compares the topology of a snapshot that it received with one
-	// that it sent as Go values, bookkeeping included: protobuf leaves its size
-	// in what it sends (csi-test v5.6.0, pkg/sanity/controller.go:1454), and so
-	// the two would never be equal. With this tag protobuf keeps no sizes.
-	build(t, ".", suite, "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity", "-tags=protoreflect")
+	build(t, ".", suite, "github.com/kubernetes-csi/csi-test/v5/cmd/csi-sanity")
 
 	var results []result
 	for _, c := range []struct {

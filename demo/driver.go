@@ -139,7 +139,7 @@ func (d *driver) end(signal syscall.Signal) error {
 	if d.process == nil || d.process.Process == nil {
 		return nil
 	}
-	defer func() { d.process = nil }()
+	defer func() { d.process, d.ended = nil, nil }()
 	if d.conn != nil {
 		d.conn.Close()
 	}

@@ -183,7 +183,7 @@ func prepare(o options, out, errOut *os.File) (*demo, error) {
 		return nil, fmt.Errorf("--dir: statfs %s: %w", parent, err)
 	}
 	if free, need := int64(st.Bavail)*st.Frsize, 2*o.size+overhead; free < need {
-		return nil, fmt.Errorf("%s has %s free, and up to %s may be taken for a while; choose another place with --dir, or less data with --size", parent, bytes(free), bytes(need))
+		return nil, fmt.Errorf("%s has %s free, and up to %s may be taken for a while; choose another place with --dir, or less data with --size", parent, human(free), human(need))
 	}
 	fsType, why, err := chooseFilesystem(o.fsType)
 	if err != nil {

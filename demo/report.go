@@ -78,7 +78,7 @@ func (r *report) write(text string) {
 
 func (r *report) intro(dir string, size int64) {
 	r.print(r.paint(bold, "Orlop on this machine, with no Kubernetes: one driver, one CSI socket."))
-	r.print(fmt.Sprintf("Volumes with %s of files are snapshotted, grown and cloned in use, in\n%s, which goes at the end.\n", bytes(size), dir))
+	r.print(fmt.Sprintf("Volumes with %s of files are snapshotted, grown and cloned in use, in\n%s, which goes at the end.\n", human(size), dir))
 }
 
 // begin shows that a step goes on.
@@ -121,7 +121,7 @@ func (r *report) table(total time.Duration, peak int64) {
 	r.print("    " + line)
 	r.print("    " + columns("All, with the time to prepare and to verify", duration(total), signed(sum)))
 	r.print(r.paint(dim, "\n    On disk is what the pool's file takes; from the snapshot on, that includes\n    what the writer goes on writing."))
-	r.print(fmt.Sprintf("\n%s Every check held, and nothing is left behind. At most %s were on disk\n  at once. To go on: bin/csi-driver standalone --help", r.paint(green, "✓"), bytes(peak)))
+	r.print(fmt.Sprintf("\n%s Every check held, and nothing is left behind. At most %s were on disk\n  at once. To go on: bin/csi-driver standalone --help", r.paint(green, "✓"), human(peak)))
 }
 
 func columns(title, took, cost string) string {
@@ -138,8 +138,8 @@ func pad(text string, width int) string {
 	return blanks + text
 }
 
-// bytes gives a size with two or three digits that count.
-func bytes(n int64) string {
+// human gives a size with two or three digits that count.
+func human(n int64) string {
 	if n < kib {
 		return fmt.Sprintf("%d B", n)
 	}
@@ -160,9 +160,9 @@ func bytes(n int64) string {
 func signed(n int64) string {
 	switch {
 	case n > 0:
-		return "+" + bytes(n)
+		return "+" + human(n)
 	case n < 0:
-		return "−" + bytes(-n)
+		return "−" + human(-n)
 	default:
 		return "0"
 	}

@@ -122,7 +122,7 @@ func (d *demo) startDriver(ctx context.Context) (result, error) {
 		return result{}, err
 	}
 	return result{took, []string{
-		fmt.Sprintf("%s %s, with a pool of %s in one sparse file", info.GetName(), info.GetVendorVersion(), bytes(d.poolSize())),
+		fmt.Sprintf("%s %s, with a pool of %s in one sparse file", info.GetName(), info.GetVendorVersion(), human(d.poolSize())),
 	}}, nil
 }
 
@@ -133,7 +133,7 @@ func (d *demo) createVolumes(ctx context.Context) (_ result, err error) {
 	if d.disk, err = d.driver.create(ctx, "disk", d.diskSize(), raw(), nil); err != nil {
 		return result{}, err
 	}
-	notes := []string{fmt.Sprintf("\"files\" of %s, for %s; \"disk\" of %s, raw", bytes(d.files.size), d.fsType, bytes(d.disk.size))}
+	notes := []string{fmt.Sprintf("\"files\" of %s, for %s; \"disk\" of %s, raw", human(d.files.size), d.fsType, human(d.disk.size))}
 	if d.why != "" {
 		notes = append(notes, "("+d.why+")")
 	}
@@ -164,7 +164,7 @@ func (d *demo) publishVolumes(ctx context.Context) (result, error) {
 		return result{}, err
 	}
 	return result{took, []string{
-		fmt.Sprintf("\"files\" was formatted and is mounted, with room for %s;", bytes(room)),
+		fmt.Sprintf("\"files\" was formatted and is mounted, with room for %s;", human(room)),
 		"\"disk\" is a block device at its target path",
 	}}, nil
 }
@@ -176,7 +176,7 @@ func (d *demo) writeFiles(ctx context.Context) (_ result, err error) {
 	}
 	took := time.Since(start)
 	return result{took, []string{
-		fmt.Sprintf("%s in %s files, each with its SHA-256; %s a second", bytes(d.size), count(int64(len(d.written))), rate(d.size, took)),
+		fmt.Sprintf("%s in %s files, each with its SHA-256; %s a second", human(d.size), count(int64(len(d.written))), rate(d.size, took)),
 	}}, nil
 }
 
@@ -191,7 +191,7 @@ func (d *demo) writeDisk(ctx context.Context) (result, error) {
 	}
 	took := time.Since(start)
 	return result{took, []string{
-		fmt.Sprintf("%s, with its SHA-256; %s a second", bytes(2*half), rate(2*half, took)),
+		fmt.Sprintf("%s, with its SHA-256; %s a second", human(2*half), rate(2*half, took)),
 	}}, nil
 }
 
@@ -260,8 +260,8 @@ func (d *demo) growVolumes(ctx context.Context) (result, error) {
 	}
 	longest, _ := d.writer.pauses()
 	return result{took, []string{
-		fmt.Sprintf("the mounted filesystem has room for %s more: %s, from %s;", bytes(after-before), bytes(after), bytes(before)),
-		fmt.Sprintf("the open device %s, from %s; the writer's longest pause: %s", bytes(size), bytes(diskBefore), duration(longest)),
+		fmt.Sprintf("the mounted filesystem has room for %s more: %s, from %s;", human(after-before), human(after), human(before)),
+		fmt.Sprintf("the open device %s, from %s; the writer's longest pause: %s", human(size), human(diskBefore), duration(longest)),
 	}}, nil
 }
 
@@ -294,7 +294,7 @@ func (d *demo) cloneVolumes(ctx context.Context) (_ result, err error) {
 	}
 	longest, _ := d.writer.pauses()
 	return result{took, []string{
-		fmt.Sprintf("two volumes of their own, sharing %s with their sources;", bytes(d.size+d.wrote[0].length+d.wrote[1].length)),
+		fmt.Sprintf("two volumes of their own, sharing %s with their sources;", human(d.size+d.wrote[0].length+d.wrote[1].length)),
 		"the writer's longest pause: " + duration(longest),
 	}}, nil
 }
@@ -353,7 +353,7 @@ func (d *demo) restoreSnapshot(ctx context.Context) (_ result, err error) {
 		return result{}, err
 	}
 	return result{took, []string{
-		fmt.Sprintf("created, staged and published; from %s to %s, and its filesystem", bytes(d.snapshot.GetSizeBytes()), bytes(d.restored.size)),
+		fmt.Sprintf("created, staged and published; from %s to %s, and its filesystem", human(d.snapshot.GetSizeBytes()), human(d.restored.size)),
 		"spans all of it",
 	}}, nil
 }
@@ -564,7 +564,7 @@ func (d *demo) list(ctx context.Context) (result, error) {
 		return result{}, fmt.Errorf("GetCapacity has %d bytes; a new pool had %d, and %d are promised to volumes", room, d.room, promised)
 	}
 	return result{took, []string{
-		fmt.Sprintf("%d volumes, %d snapshot; %s are promised to them, %s are left", len(volumes), len(snapshots.GetEntries()), bytes(d.room-room), bytes(room)),
+		fmt.Sprintf("%d volumes, %d snapshot; %s are promised to them, %s are left", len(volumes), len(snapshots.GetEntries()), human(d.room-room), human(room)),
 	}}, nil
 }
 
@@ -732,5 +732,5 @@ func (d *demo) clean() error {
 }
 
 func rate(n int64, took time.Duration) string {
-	return bytes(int64(float64(n) / took.Seconds()))
+	return human(int64(float64(n) / took.Seconds()))
 }

@@ -38,7 +38,7 @@ type Server struct {
 	pools   *pool.Set
 	segment string // the node's topology segment
 
-	alive context.Context // ends with Close; the work that outlives its call has it
+	alive context.Context //nolint:containedctx // ends with Close; the work that outlives its call has it
 	close context.CancelFunc
 	work  sync.WaitGroup
 }

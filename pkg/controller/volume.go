@@ -120,7 +120,7 @@ func (s *Server) place(requestName, poolName string, source pool.Source) (engine
 
 // holdSource finds a volume that is to be cut or copied, and enters that.
 func (s *Server) holdSource(id string) (pool.Engine, pool.Volume, func(), error) {
-	engine, v, err := s.pools.Volume(id)
+	engine, _, err := s.pools.Volume(id)
 	if err != nil {
 		return nil, pool.Volume{}, nil, err
 	}
@@ -132,7 +132,8 @@ func (s *Server) holdSource(id string) (pool.Engine, pool.Volume, func(), error)
 	if err != nil {
 		return nil, pool.Volume{}, nil, err
 	}
-	if engine, v, err = s.pools.Volume(id); err != nil { // as it is now that it is held
+	engine, v, err := s.pools.Volume(id) // as it is now that it is held
+	if err != nil {
 		release()
 		return nil, pool.Volume{}, nil, err
 	}

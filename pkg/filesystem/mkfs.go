@@ -120,19 +120,22 @@ func parseMkfsOptions(t Type, words []string) ([]mkfsOption, error) {
 // All -E become one: of several, mke2fs heeds only the last.
 func (m maker) arguments(options []mkfsOption) []string {
 	arguments := slices.Clone(m.defaults)
-	extended := m.extended
+	var extended []string
+	if m.extended != "" {
+		extended = append(extended, m.extended)
+	}
 	for _, o := range options {
 		switch {
 		case o.name == "-E":
-			extended += "," + o.value
+			extended = append(extended, o.value)
 		case o.value == "":
 			arguments = append(arguments, o.name)
 		default:
 			arguments = append(arguments, o.name, o.value)
 		}
 	}
-	if extended != "" {
-		arguments = append(arguments, "-E", extended)
+	if len(extended) > 0 {
+		arguments = append(arguments, "-E", strings.Join(extended, ","))
 	}
 	return arguments
 }

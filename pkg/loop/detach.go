@@ -11,10 +11,14 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// patience is for how long Detach tries again when the device is in use: udev
-// and blkid open a device for some milliseconds after each change of it, and an
-// unmounted filesystem may let go of it a moment later.
-const patience = time.Second
+// Detach tries again when the device is in use: udev and blkid open a device
+// for some milliseconds after each change of it, and an unmounted filesystem
+// may let go of it a moment later. The attempts are counted, and not the time,
+// so that a machine that stands still for a second is not taken for a user.
+const (
+	attempts = 50
+	pause    = 20 * time.Millisecond
+)
 
 // Detach takes the device away from the file. nil means proven: the device was
 // not mounted and nobody else had it open, all that was written to it is in the
@@ -26,16 +30,15 @@ const patience = time.Second
 // its file any more, Detach fails with ErrDetached. If flushing fails, the
 // device stays, and the failure is returned.
 func (d Device) Detach(ctx context.Context) error {
-	deadline := time.Now().Add(patience)
-	for {
+	for n := 1; ; n++ {
 		err := d.detach()
-		if !errors.Is(err, ErrBusy) || time.Now().After(deadline) {
+		if !errors.Is(err, ErrBusy) || n == attempts {
 			return err
 		}
 		select {
 		case <-ctx.Done():
 			return fmt.Errorf("%w; %w", err, context.Cause(ctx))
-		case <-time.After(20 * time.Millisecond):
+		case <-time.After(pause):
 		}
 	}
 }
@@ -51,6 +54,15 @@ func (d Device) Detach(ctx context.Context) error {
 // set, everything closed, and then looked whether that was the last close. If
 // it was not, the mark is taken back.
 func (d Device) detach() error {
+	// The first descriptor proves that the number is still ours, and keeps it
+	// so, before anything is done that its next owner could notice. Later it
+	// makes LOOP_CLR_FD set the mark and no more, by being the second one.
+	// (LOOP_SET_STATUS64 sets it, too, but stops the device for some 15 ms.)
+	first, _, err := d.open(os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer first.Close()
 	// O_EXCL on a block device: nobody has claimed it, by a mount or otherwise,
 	// and nobody can until it is closed (open(2)).
 	exclusive, _, err := d.open(os.O_RDONLY | unix.O_EXCL)
@@ -64,17 +76,10 @@ func (d Device) detach() error {
 	if err := exclusive.Sync(); err != nil {
 		return err
 	}
-	// The second descriptor is why LOOP_CLR_FD only marks. LOOP_SET_STATUS64
-	// would, too, but stops the device for some 15 ms to do it.
-	second, _, err := d.open(os.O_RDONLY)
-	if err != nil {
-		return err
-	}
-	defer second.Close()
-	if err := unix.IoctlSetInt(int(second.Fd()), unix.LOOP_CLR_FD, 0); err != nil {
+	if err := unix.IoctlSetInt(int(first.Fd()), unix.LOOP_CLR_FD, 0); err != nil {
 		return fmt.Errorf("mark %s to be detached: %w", d.Path, err)
 	}
-	second.Close()
+	first.Close()
 	exclusive.Close()
 
 	user, info, err := d.open(os.O_RDONLY)

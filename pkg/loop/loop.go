@@ -146,13 +146,11 @@ func (d Device) Refresh() error {
 		return err
 	}
 	defer f.Close()
-	if info.Flags&unix.LO_FLAGS_AUTOCLEAR != 0 {
-		if err := keep(f, info); err != nil {
-			return err
-		}
-	}
 	if err := unix.IoctlSetInt(int(f.Fd()), unix.LOOP_SET_CAPACITY, 0); err != nil {
 		return fmt.Errorf("take over the size of the file behind %s: %w", d.Path, err)
+	}
+	if info.Flags&unix.LO_FLAGS_AUTOCLEAR != 0 {
+		return keep(f, info)
 	}
 	return nil
 }

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -255,8 +256,8 @@ func Clean(t testing.TB, dir string) {
 			t.Error(err)
 			return
 		}
-		for i := len(mounts) - 1; i >= 0; i-- {
-			if p := mounts[i].Path; p == dir || strings.HasPrefix(p, dir+"/") {
+		for _, mount := range slices.Backward(mounts) {
+			if p := mount.Path; p == dir || strings.HasPrefix(p, dir+"/") {
 				left = true
 				if frozen, err := filesystem.Thaw(p); err == nil && frozen {
 					t.Logf("%s was frozen", p)

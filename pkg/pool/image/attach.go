@@ -154,7 +154,9 @@ func (e *Engine) mustBeIdle(name string) error {
 		if err := mustBeReleased(name, d); err != nil {
 			return err
 		}
-		return pool.Errorf(pool.ErrInUse, "volume %s is in use: it is attached to %s; unstage it first", name, d.Path)
+	}
+	if len(found) > 0 {
+		return pool.Errorf(pool.ErrInUse, "volume %s is in use: it is attached to %s; unstage it first", name, found[0].Path)
 	}
 	return nil
 }

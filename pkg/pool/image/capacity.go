@@ -6,6 +6,7 @@ import (
 	"os"
 	"path"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -114,7 +115,10 @@ func (e *Engine) blocks(name string) int64 {
 	if err != nil {
 		return 0
 	}
-	return info.Sys().(*unixStat).Blocks * 512
+	if st, ok := info.Sys().(*syscall.Stat_t); ok { // it always is, from package os on Linux
+		return st.Blocks * 512
+	}
+	return 0
 }
 
 // reserve tells what of total is kept free.

@@ -15,8 +15,6 @@ import (
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
-type unixStat = syscall.Stat_t
-
 // trash frees in the background what was deleted: to unlink a large fragmented
 // file takes long, and nobody should wait for it.
 type trash struct {

@@ -3,11 +3,10 @@ package main
 import (
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -93,9 +92,9 @@ func undo(dir string) error {
 		if err != nil {
 			return err
 		}
-		for i := len(mounts) - 1; i >= 0; i-- {
-			if err := unix.Unmount(mounts[i].path, 0); err != nil {
-				failures = append(failures, fmt.Errorf("  %s is mounted: %w", mounts[i].path, err))
+		for _, m := range slices.Backward(mounts) {
+			if err := unix.Unmount(m.path, 0); err != nil {
+				failures = append(failures, fmt.Errorf("  %s is mounted: %w", m.path, err))
 			}
 		}
 		loops, err := loopsBelow(dir)
@@ -169,14 +168,15 @@ func syncFilesystem(path string) error {
 // blocksOf tells what a file takes on disk, in bytes; nothing if it is not
 // there.
 func blocksOf(path string) (int64, error) {
-	info, err := os.Stat(path)
-	if errors.Is(err, fs.ErrNotExist) {
+	var st unix.Stat_t
+	err := unix.Stat(path, &st)
+	if errors.Is(err, unix.ENOENT) {
 		return 0, nil
 	}
 	if err != nil {
-		return 0, err
+		return 0, fmt.Errorf("stat %s: %w", path, err)
 	}
-	return info.Sys().(*syscall.Stat_t).Blocks * 512, nil // stat(2): units of 512 bytes, whatever the filesystem
+	return st.Blocks * 512, nil // stat(2): units of 512 bytes, whatever the filesystem
 }
 
 // roomIn tells how many bytes the filesystem at a path has room for in all, as

@@ -61,8 +61,8 @@ Environment:
   NO_COLOR   if set, no colours. There are none anyway if the output is a file
   TMPDIR     where the temporary directory goes if --dir is not given
 
-It exits with 0 if every check held, with 1 if one did not, with 2 if the command
-line makes no sense, and with 130 if it was interrupted.
+It exits with 0 if every check held, with 1 if one did not, with 2 if the
+command line makes no sense, and with 130 if it was interrupted.
 `
 
 // options are the command line.
@@ -77,7 +77,7 @@ type options struct {
 // The bounds of --size, in MiB: less makes no difference to see, and more is
 // another kind of test.
 const (
-	minSize = 16
+	minSize = 64
 	maxSize = 64 << 10
 )
 

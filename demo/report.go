@@ -121,7 +121,7 @@ func (r *report) table(total time.Duration, peak int64) {
 	r.print("    " + line)
 	r.print("    " + columns("All, with the time to prepare and to verify", duration(total), signed(sum)))
 	r.print(r.paint(dim, "\n    On disk is what the pool's file takes; from the snapshot on, that includes\n    what the writer goes on writing."))
-	r.print(fmt.Sprintf("\n%s Every check held, and nothing is left behind. At most %s were on disk\n  at once. To go on: bin/csi-driver standalone --help", r.paint(green, "✓"), human(peak)))
+	r.print(fmt.Sprintf("\n%s Every check held, and nothing is left behind. At most %s were on disk\n  at once. To go on: csi-driver standalone --help", r.paint(green, "✓"), human(peak)))
 }
 
 func columns(title, took, cost string) string {

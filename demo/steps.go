@@ -195,10 +195,6 @@ func (d *demo) writeDisk(ctx context.Context) (result, error) {
 	}}, nil
 }
 
-// warmUp is how many records the writer is let write before something is shown
-// on its volume, and after.
-const warmUp = 50
-
 func (d *demo) takeSnapshot(ctx context.Context) (_ result, err error) {
 	if d.writer, err = startWriter(filepath.Join(d.driver.target(d.files), recordsFile)); err != nil {
 		return result{}, err
@@ -207,20 +203,19 @@ func (d *demo) takeSnapshot(ctx context.Context) (_ result, err error) {
 		return result{}, err
 	}
 	_, usual := d.writer.pauses()
-	start := time.Now()
-	d.snapshotCut, err = d.writer.around(func() error {
+	var took, longest time.Duration
+	d.snapshotCut, longest, err = d.writer.during(ctx, func() error {
+		start := time.Now()
 		response, err := d.driver.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "before", SourceVolumeId: d.files.id})
-		d.snapshot = response.GetSnapshot()
+		d.snapshot, took = response.GetSnapshot(), time.Since(start)
 		return err
 	})
 	if err != nil {
 		return result{}, err
 	}
-	took := time.Since(start)
-	if err := d.writer.advance(ctx, warmUp); err != nil {
+	if err := d.cheaperThan(d.size); err != nil {
 		return result{}, err
 	}
-	longest, _ := d.writer.pauses()
 	return result{took, []string{
 		fmt.Sprintf("the writer's longest pause: %s (a record usually takes it %s)", duration(longest), duration(usual)),
 	}}, nil
@@ -233,14 +228,19 @@ func (d *demo) growVolumes(ctx context.Context) (result, error) {
 		return result{}, err
 	}
 	diskBefore := d.disk.size
-	d.writer.pauses()
-	start := time.Now()
-	for _, v := range []*volume{d.files, d.disk} {
-		if err := d.driver.grow(ctx, v, 2*v.size); err != nil {
-			return result{}, err
+	var took time.Duration
+	_, longest, err := d.writer.during(ctx, func() error {
+		start := time.Now()
+		err := d.driver.grow(ctx, d.files, 2*d.files.size)
+		if err == nil {
+			err = d.driver.grow(ctx, d.disk, 2*d.disk.size)
 		}
+		took = time.Since(start)
+		return err
+	})
+	if err != nil {
+		return result{}, err
 	}
-	took := time.Since(start)
 	after, err := roomIn(target)
 	if err != nil {
 		return result{}, err
@@ -258,11 +258,20 @@ func (d *demo) growVolumes(ctx context.Context) (result, error) {
 	if size != d.disk.size {
 		return result{}, fmt.Errorf("the open block device has %d bytes, not %d", size, d.disk.size)
 	}
-	longest, _ := d.writer.pauses()
 	return result{took, []string{
 		fmt.Sprintf("the mounted filesystem has room for %s more: %s, from %s;", human(after-before), human(after), human(before)),
 		fmt.Sprintf("the open device %s, from %s; the writer's longest pause: %s", human(size), human(diskBefore), duration(longest)),
 	}}, nil
+}
+
+// cheaperThan checks that a step has shared that many bytes, and not copied
+// them: that it has taken less than half of it on disk.
+func (d *demo) cheaperThan(n int64) error {
+	taken, err := d.blocks()
+	if err == nil && taken-d.taken > n/2 {
+		err = fmt.Errorf("it took %d bytes on disk, where %d were to be shared", taken-d.taken, n)
+	}
+	return err
 }
 
 // spanned checks that a volume's filesystem spans it, but for what it keeps for
@@ -276,25 +285,27 @@ func (d *demo) spanned(v *volume) error {
 }
 
 func (d *demo) cloneVolumes(ctx context.Context) (_ result, err error) {
-	d.writer.pauses()
 	start := time.Now()
-	d.cloneCut, err = d.writer.around(func() (err error) {
+	if d.diskClone, err = d.driver.create(ctx, "disk-clone", d.disk.size, raw(), fromVolume(d.disk)); err != nil {
+		return result{}, err
+	}
+	took := time.Since(start)
+	var longest time.Duration
+	d.cloneCut, longest, err = d.writer.during(ctx, func() (err error) {
+		start := time.Now()
 		d.filesClone, err = d.driver.create(ctx, "files-clone", d.files.size, mounted(d.fsType), fromVolume(d.files))
+		took += time.Since(start)
 		return err
 	})
 	if err != nil {
 		return result{}, err
 	}
-	if d.diskClone, err = d.driver.create(ctx, "disk-clone", d.disk.size, raw(), fromVolume(d.disk)); err != nil {
+	data := d.size + d.wrote[0].length + d.wrote[1].length
+	if err := d.cheaperThan(data); err != nil {
 		return result{}, err
 	}
-	took := time.Since(start)
-	if err := d.writer.advance(ctx, warmUp); err != nil {
-		return result{}, err
-	}
-	longest, _ := d.writer.pauses()
 	return result{took, []string{
-		fmt.Sprintf("two volumes of their own, sharing %s with their sources;", human(d.size+d.wrote[0].length+d.wrote[1].length)),
+		fmt.Sprintf("two volumes of their own, which share %s with their sources;", human(data)),
 		"the writer's longest pause: " + duration(longest),
 	}}, nil
 }
@@ -430,8 +441,8 @@ func (d *demo) tryReadOnly(ctx context.Context) (result, error) {
 
 	existing := filepath.Join(filesTarget, slices.Min(slices.Collect(maps.Keys(d.written))))
 	for what, err := range map[string]error{
-		"creating a file":         open(filepath.Join(filesTarget, "new"), os.O_CREATE|os.O_WRONLY),
-		"opening one for writing": open(existing, os.O_WRONLY),
+		"creating a file":         tryOpen(filepath.Join(filesTarget, "new"), os.O_CREATE|os.O_WRONLY),
+		"opening one for writing": tryOpen(existing, os.O_WRONLY),
 		"removing one":            os.Remove(existing),
 		"making a folder":         os.Mkdir(filepath.Join(filesTarget, "folder"), 0o700),
 	} {
@@ -456,8 +467,8 @@ func (d *demo) tryReadOnly(ctx context.Context) (result, error) {
 	}}, nil
 }
 
-// open tries to open a file.
-func open(path string, flags int) error {
+// tryOpen opens a file and closes it.
+func tryOpen(path string, flags int) error {
 	f, err := os.OpenFile(path, flags, 0o600)
 	if err != nil {
 		return err
@@ -475,8 +486,7 @@ func orSuccess(err error) error {
 
 // rootCause gives the system's own error.
 func rootCause(err error) error {
-	var number syscall.Errno
-	if errors.As(err, &number) {
+	if number, ok := errors.AsType[syscall.Errno](err); ok {
 		return number
 	}
 	return err
@@ -491,23 +501,28 @@ func (d *demo) killDriver(ctx context.Context) (result, error) {
 	if err != nil {
 		return result{}, err
 	}
-	d.writer.pauses()
-	if err := d.driver.kill(); err != nil {
+	var took time.Duration
+	var alone int64
+	_, longest, err := d.writer.during(ctx, func() error {
+		if err := d.driver.kill(); err != nil {
+			return err
+		}
+		before := d.writer.durable.Load()
+		if err := d.writer.advance(ctx, warmUp); err != nil {
+			return err
+		}
+		if err := verifyDisk(ctx, d.driver.target(d.disk), d.rewrote); err != nil {
+			return err
+		}
+		alone = d.writer.durable.Load() - before
+		start := time.Now()
+		err := d.driver.start(ctx)
+		took = time.Since(start)
+		return err
+	})
+	if err != nil {
 		return result{}, err
 	}
-	alone := d.writer.durable.Load()
-	if err := d.writer.advance(ctx, warmUp); err != nil {
-		return result{}, err
-	}
-	if err := verifyDisk(ctx, d.driver.target(d.disk), d.rewrote); err != nil {
-		return result{}, err
-	}
-	start := time.Now()
-	if err := d.driver.start(ctx); err != nil {
-		return result{}, err
-	}
-	took := time.Since(start)
-	alone = d.writer.durable.Load() - alone
 
 	// An orchestrator repeats itself; what is so already must be found so.
 	if err := d.driver.use(ctx, d.files, d.disk, d.filesClone, d.diskClone, d.restored); err != nil {
@@ -527,7 +542,6 @@ func (d *demo) killDriver(ctx context.Context) (result, error) {
 	if !maps.Equal(known, knownNow) {
 		return result{}, fmt.Errorf("there are other volumes now: %v, not %v", knownNow, known)
 	}
-	longest, _ := d.writer.pauses()
 	return result{took, []string{
 		fmt.Sprintf("with no driver the writer wrote %s records, and no error; all volumes are", count(alone)),
 		fmt.Sprintf("in use as before, on %d loop devices; the writer's longest pause: %s", len(loops), duration(longest)),
@@ -618,14 +632,11 @@ func (d *demo) deleteAll(ctx context.Context) (result, error) {
 	}}, nil
 }
 
-// metadataSlack is how much more the pool's file may take once it is empty
-// again than when it was new, in bytes: the pool's filesystem keeps blocks that
-// it has used for itself.
-const metadataSlack = 4 * mib
-
 // poolIsEmpty waits until what was deleted is freed, and checks that the pool
 // is as it was when it was new.
 func (d *demo) poolIsEmpty(ctx context.Context) error {
+	// The pool's filesystem keeps blocks that it has used for itself.
+	slack := 4*mib + d.size/256
 	for deadline := time.Now().Add(20 * time.Second); ; {
 		room, err := d.driver.available(ctx)
 		if err != nil {
@@ -635,7 +646,7 @@ func (d *demo) poolIsEmpty(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if room == d.room && taken <= d.empty+metadataSlack {
+		if room == d.room && taken <= d.empty+slack {
 			break
 		}
 		if time.Now().After(deadline) {

@@ -24,6 +24,10 @@ func record(key string, n int64) []byte {
 	return fmt.Appendf(nil, "%016d %s\n", n, hex.EncodeToString(sum[:23]))
 }
 
+// warmUp is how many records the writer is let write before something is shown
+// on its volume, and after.
+const warmUp = 50
+
 // writer is a program that uses a volume, as a database does: it appends a
 // record to a file and calls fsync, one after the other, and knows which
 // records are on disk.
@@ -48,7 +52,8 @@ func startWriter(path string) (*writer, error) {
 	w := &writer{key: fmt.Sprint(os.Getpid(), time.Now().UnixNano()), file: file, done: make(chan struct{})}
 	go func() {
 		defer close(w.done)
-		for !w.quit.Load() && w.append() {
+		for ok := true; ok && !w.quit.Load(); {
+			ok = w.append()
 		}
 	}()
 	return w, nil
@@ -142,12 +147,19 @@ type cut struct {
 	after  int64 // records begun when it was done
 }
 
-// around does something and notes what the writer knew before and after.
-func (w *writer) around(do func() error) (cut, error) {
-	c := cut{before: w.durable.Load()}
-	err := do()
+// during does something while the writer goes on. It tells what the writer knew
+// before and after, and the longest that a record took it, up to the records
+// that it wrote afterwards.
+func (w *writer) during(ctx context.Context, do func() error) (c cut, longest time.Duration, err error) {
+	w.pauses()
+	c.before = w.durable.Load()
+	err = do()
 	c.after = w.begun.Load()
-	return c, err
+	if err == nil {
+		err = w.advance(ctx, warmUp)
+	}
+	longest, _ = w.pauses()
+	return c, longest, err
 }
 
 // holds checks the number of records in a copy: what was on disk before the cut

@@ -129,10 +129,21 @@ func (s *standalone) openPools(ctx context.Context) (engines []pool.Engine, err 
 			}
 		}()
 	}
+	poolOptions := func(p config.Pool) image.Options {
+		return image.Options{Node: s.options.NodeID, StateDir: s.options.StateDir, Pool: p}
+	}
+	at := func(i int, err error) error {
+		return fmt.Errorf("configuration %s: pools[%d]: %w", s.options.ConfigFile, i, err)
+	}
+	for i, p := range s.config.Pools { // before anything is made for any of them
+		if err := image.Check(ctx, poolOptions(p)); err != nil {
+			return nil, at(i, err)
+		}
+	}
 	for i, p := range s.config.Pools {
-		e, err := image.Open(ctx, image.Options{Node: s.options.NodeID, StateDir: s.options.StateDir, Pool: p})
+		e, err := image.Open(ctx, poolOptions(p))
 		if err != nil {
-			return engines, fmt.Errorf("configuration %s: pools[%d]: %w", s.options.ConfigFile, i, err)
+			return engines, at(i, err)
 		}
 		engines = append(engines, e)
 	}

@@ -1,6 +1,7 @@
 package driver
 
 import (
+	"cmp"
 	"context"
 	"errors"
 
@@ -12,7 +13,7 @@ import (
 )
 
 // kindCodes gives the gRPC code of each kind of error, after the error tables
-// of the CSI specification. The first kind that an error is decides.
+// of the CSI specification.
 //
 // Damage is DATA_LOSS and not FAILED_PRECONDITION, because orchestrators take
 // the latter for "in use" and wait for the user to go away (external-resizer
@@ -49,8 +50,9 @@ func toStatus(err error) error {
 	if _, is := status.FromError(err); is {
 		return err
 	}
+	decisive := cmp.Or(pool.Kind(err), err)
 	for _, k := range kindCodes {
-		if errors.Is(err, k.kind) {
+		if errors.Is(decisive, k.kind) {
 			return status.Error(k.code, err.Error())
 		}
 	}

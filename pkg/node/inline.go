@@ -29,6 +29,9 @@ func (s *Server) publishInline(ctx context.Context, r *csi.NodePublishVolumeRequ
 	if capability.Access != pool.AccessFilesystem {
 		return pool.Errorf(pool.ErrInvalid, "an inline volume has filesystem access")
 	}
+	if _, err := pool.ParseID(r.GetVolumeId()); err == nil {
+		return pool.Errorf(pool.ErrInvalid, "volume_id %s is that of a persistent volume; an inline one has its own", r.GetVolumeId())
+	}
 	parameters, err := request.ParseInlineParameters(r.GetVolumeContext())
 	if err != nil {
 		return err

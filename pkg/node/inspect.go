@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -82,8 +83,8 @@ func (s *Server) NodeExpandVolume(ctx context.Context, r *csi.NodeExpandVolumeRe
 	return &csi.NodeExpandVolumeResponse{CapacityBytes: v.Size}, nil
 }
 
-// mountedOrStaged finds where a filesystem can be grown: a read-only bind
-// cannot be, so that the staging path is better if it is given. A block volume
+// mountedOrStaged finds where a filesystem can be grown: through a read-only
+// bind it cannot be, so that any other mount of it is better. A block volume
 // need only be staged.
 func (s *Server) mountedOrStaged(r *csi.NodeExpandVolumeRequest) (pool.Engine, pool.Volume, use, error) {
 	engine, v, here, err := s.locate(r.GetVolumeId(), "volume_path", r.GetVolumePath())
@@ -101,9 +102,13 @@ func (s *Server) mountedOrStaged(r *csi.NodeExpandVolumeRequest) (pool.Engine, p
 	if err != nil {
 		return nil, pool.Volume{}, use{}, err
 	}
-	if r.GetStagingTargetPath() != "" && here[0].ReadOnly && v.Access == pool.AccessFilesystem {
-		if _, _, staged, err := s.locate(r.GetVolumeId(), "staging_target_path", r.GetStagingTargetPath()); err == nil {
-			here = staged
+	if here[0].ReadOnly && v.Access == pool.AccessFilesystem {
+		all, err := uses(engine, v.Name)
+		if err != nil {
+			return nil, pool.Volume{}, use{}, err
+		}
+		if i := slices.IndexFunc(all, func(u use) bool { return !u.ReadOnly }); i >= 0 {
+			return engine, v, all[i], nil
 		}
 	}
 	return engine, v, here[0], nil
@@ -164,13 +169,17 @@ func (s *Server) NodeGetVolumeHealth(ctx context.Context, r *csi.NodeGetVolumeHe
 // it becomes read-only as a whole though its mount is not, or it answers with
 // errors.
 func inspect(ctx context.Context, u use) (condition pool.Condition, wrong bool) {
-	if info, err := os.Lstat(u.Path); err == nil && !info.IsDir() {
+	info, err := os.Lstat(u.Path)
+	if err == nil && !info.IsDir() {
 		return condition, false // a device node
 	}
 	if u.SuperReadOnly && !u.ReadOnly {
 		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemReadOnly", Message: u.Path + ": the filesystem went read-only after an error; see the kernel log, stop the workload and start it again, which checks the filesystem"}, true
 	}
-	if _, err := filesystem.Stat(ctx, u.Path); err != nil {
+	if err == nil { // an XFS that was shut down fails the first alone
+		_, err = filesystem.Stat(ctx, u.Path)
+	}
+	if err != nil {
 		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemFailed", Message: fmt.Sprintf("%s: %v; see the kernel log, stop the workload and start it again", u.Path, err)}, true
 	}
 	return condition, false

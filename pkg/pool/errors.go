@@ -30,6 +30,16 @@ func Errorf(kind error, format string, args ...any) error {
 	return &kindError{kind: kind, err: fmt.Errorf(format, args...)}
 }
 
+// Kind gives the kind of an error: the outermost, where errors of several kinds
+// are wrapped in each other, and the first of errors that were joined. It is
+// nil for an error without one.
+func Kind(err error) error {
+	if k, ok := errors.AsType[*kindError](err); ok {
+		return k.kind
+	}
+	return nil
+}
+
 type kindError struct{ kind, err error }
 
 func (e *kindError) Error() string   { return e.err.Error() }

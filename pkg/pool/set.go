@@ -305,7 +305,8 @@ func parseToken(token string) (poolID, after string, err error) {
 	}
 	raw, err := base64.RawURLEncoding.DecodeString(token)
 	poolID, after, _ = strings.Cut(string(raw), "/")
-	if err != nil || !poolIDPattern.MatchString(poolID) || !ValidName(after) {
+	// A damaged volume's name can be anything that a directory's can.
+	if err != nil || !poolIDPattern.MatchString(poolID) || after == "" || strings.Contains(after, "/") || makeToken(poolID, after) != token {
 		return "", "", Errorf(ErrToken, "starting token %.130q was not given out by this driver; begin again without one", token)
 	}
 	return poolID, after, nil

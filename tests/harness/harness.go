@@ -2,7 +2,9 @@
 // the binary, starts it on pools in temporary directories, speaks CSI to it
 // over its socket, and leaves nothing behind, also when a test fails.
 //
-// It needs root, loop devices, and the mkfs tools of ext4, XFS and btrfs.
+// It needs root, loop devices, and the mkfs tools of ext4, XFS and btrfs. Where
+// there is no Go, the environment variable ORLOP_TEST_DRIVER names a binary to
+// use instead of building one.
 package harness
 
 import (
@@ -49,7 +51,13 @@ type Driver struct {
 	conn    *grpc.ClientConn
 }
 
+// prebuilt is the csi-driver to use, or empty to build one.
+var prebuilt = os.Getenv("ORLOP_TEST_DRIVER")
+
 var build = sync.OnceValues(func() (string, error) {
+	if prebuilt != "" {
+		return prebuilt, nil
+	}
 	dir, err := os.MkdirTemp("", "orlop-harness-")
 	if err != nil {
 		return "", err
@@ -69,14 +77,14 @@ var build = sync.OnceValues(func() (string, error) {
 // Main runs the tests of a package and removes the binary that they built.
 func Main(m *testing.M) {
 	code := m.Run()
-	if binary, err := build(); err == nil {
+	if binary, err := build(); err == nil && prebuilt == "" {
 		os.RemoveAll(filepath.Dir(binary))
 	}
 	os.Exit(code)
 }
 
-// Binary builds csi-driver, with the race detector if the test has it, and
-// gives its path.
+// Binary builds csi-driver unless it is prebuilt, with the race detector if the
+// test has it, and gives its path.
 func Binary(t testing.TB) string {
 	t.Helper()
 	binary, err := build()
@@ -112,6 +120,9 @@ func New(t testing.TB, config string) *Driver {
 	t.Cleanup(func() {
 		d.Stop()
 		Clean(t, dir)
+		if log := d.Log(); strings.Contains(log, "DATA RACE") || strings.Contains(log, "\"Panic\"") {
+			t.Error("csi-driver has a race or a panic in its log")
+		}
 		if t.Failed() {
 			t.Logf("log of csi-driver:\n%s", d.Log())
 		}
@@ -159,14 +170,25 @@ func (d *Driver) Command() *exec.Cmd {
 	}, d.Args...)
 	cmd := exec.Command(d.binary, args...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
+	// The race detector lets a process linger for a second when it ends.
+	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
 	return cmd
 }
 
 // Start starts the process and waits until it serves.
 func (d *Driver) Start() {
 	d.t.Helper()
+	d.Launch((*exec.Cmd).Start)
+	if err := d.Serves(); err != nil {
+		d.t.Fatal(err)
+	}
+}
+
+// Launch starts the process with start, and waits for nothing.
+func (d *Driver) Launch(start func(*exec.Cmd) error) {
+	d.t.Helper()
 	d.process = d.Command()
-	if err := d.process.Start(); err != nil {
+	if err := start(d.process); err != nil {
 		d.t.Fatal(err)
 	}
 	conn, err := grpc.NewClient("unix://"+d.Socket, grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -175,18 +197,22 @@ func (d *Driver) Start() {
 	}
 	d.conn = conn
 	d.IdentityClient, d.ControllerClient, d.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
+}
+
+// Serves waits until a process that was launched serves.
+func (d *Driver) Serves() error {
 	deadline := time.Now().Add(time.Minute)
 	for {
 		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 		probe, err := d.Probe(ctx, &csi.ProbeRequest{})
 		cancel()
 		if err == nil && probe.GetReady().GetValue() {
-			return
+			return nil
 		}
 		if d.process.Process.Signal(syscall.Signal(0)) != nil || time.Now().After(deadline) || exited(d.process) {
-			d.t.Fatalf("csi-driver does not serve: %v\n%s", err, d.Log())
+			return fmt.Errorf("csi-driver does not serve: %w\n%s", err, d.Log())
 		}
-		conn.ResetConnectBackoff()
+		d.conn.ResetConnectBackoff()
 		time.Sleep(5 * time.Millisecond)
 	}
 }
@@ -298,6 +324,9 @@ func detach(ctx context.Context, path string) error {
 	device, err := loop.Get(st.Rdev)
 	if err != nil {
 		return err
+	}
+	if mounts, _, err := filesystem.UsesOf(device.Number); err != nil || len(mounts) > 0 {
+		return err // a pool's: its volumes go first, it goes the next time round
 	}
 	return device.Detach(ctx)
 }

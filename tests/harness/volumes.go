@@ -3,6 +3,7 @@ package harness
 import (
 	"context"
 	"os"
+	"path/filepath"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -119,7 +120,7 @@ func (d *Driver) Release(name, volumeID string) {
 		d.t.Fatalf("NodeUnpublishVolume %s: %v", name, err)
 	}
 	if _, err := d.NodeUnstageVolume(d.Context(), &csi.NodeUnstageVolumeRequest{
-		VolumeId: volumeID, StagingTargetPath: d.Staging(name),
+		VolumeId: volumeID, StagingTargetPath: filepath.Join(d.Dir, "staging", name),
 	}); err != nil {
 		d.t.Fatalf("NodeUnstageVolume %s: %v", name, err)
 	}

@@ -24,7 +24,7 @@ func TestDataOfCopiesInUseBesideTheirSourceIsTheirOwn(t *testing.T) {
 	for _, kind := range dataKinds {
 		t.Run(kind.name, func(t *testing.T) {
 			d := harness.Start(t, harness.FilePool("8Gi"))
-			ids, sums := map[string]string{}, map[string]string{}
+			ids, sums := map[string]string{}, map[string]uint32{}
 			begin := func(name string, more ...func(*csi.CreateVolumeRequest)) {
 				t.Helper()
 				ids[name] = d.Create(name, 0, kind.capability, more...).GetVolumeId()
@@ -122,7 +122,7 @@ func TestDataOfABlockVolumeCanBeClonedIntoAFilesystemVolume(t *testing.T) {
 // Where blocks cannot be shared, a copy takes time, during which the volume
 // must not change.
 func TestDataPoolWithoutReflinkCopiesVolumesThatAreNotAttached(t *testing.T) {
-	poolDir := filepath.Join(harness.Filesystem(t, "ext4", 4*dataGiB), "pool")
+	poolDir := filepath.Join(harness.Filesystem(t, "ext4", 12*dataGiB), "pool")
 	dataMust(t, os.Mkdir(poolDir, 0o700))
 	d := harness.Start(t, harness.DirectoryPool(poolDir))
 	for _, kind := range []dataKind{dataKinds[0], dataKinds[3]} {
@@ -257,7 +257,7 @@ func TestDataCopiesCanBeOverwrittenInFull(t *testing.T) {
 	block := harness.Block(harness.Writer)
 	const size = 128 * dataMiB
 	source := d.Create("source", size, block).GetVolumeId()
-	sums := map[string]string{"source": dataFill(t, d.Use("source", source, block), size)}
+	sums := map[string]uint32{"source": dataFill(t, d.Use("source", source, block), size)}
 	ids := map[string]string{"source": source}
 	for i := range 3 {
 		name := fmt.Sprintf("clone-%d", i)

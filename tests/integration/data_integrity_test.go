@@ -23,8 +23,8 @@ var dataWriters = []struct {
 	{"ext4", dataKinds[0], 256 * dataMiB, dataFsync},
 	{"xfs", dataKinds[1], 320 * dataMiB, dataFsync},
 	{"btrfs", dataKinds[2], 256 * dataMiB, dataFsync},
-	{"block with fsync", dataKinds[3], 256 * dataMiB, dataFsync},
-	{"block with O_DIRECT", dataKinds[3], 256 * dataMiB, dataDirect},
+	{"block with fsync", dataKinds[3], 64 * dataMiB, dataFsync},
+	{"block with O_DIRECT", dataKinds[3], 64 * dataMiB, dataDirect},
 }
 
 // A copy has every record that was on stable storage before it was asked for,
@@ -44,9 +44,9 @@ func TestDataCopiesOfAVolumeInUseAreConsistent(t *testing.T) {
 				atLeast := w.safe.Load()
 				snapshot := d.Snapshot(name, id)
 				atMost := w.begun.Load()
-				dataMustBeClean(t, c.kind.name, filepath.Join(dataPool(d), "snapshots", name, "data"))
+				dataMustBeCleanAsCut(t, c.kind.name, filepath.Join(dataPool(d), "snapshots", name, "data"))
 				if c.kind.growsInUse(t) {
-					size := dataGrow(t, d, id, target, "source", c.size+int64(round+1)*64*dataMiB)
+					size := dataGrow(t, d, id, target, "source", c.size+int64(round+1)*32*dataMiB)
 					dataMustSpan(t, c.kind, target, size)
 				}
 				w.progress(t, 20)
@@ -56,7 +56,7 @@ func TestDataCopiesOfAVolumeInUseAreConsistent(t *testing.T) {
 				clone := d.Create(fmt.Sprintf("clone-%d", round), 0, c.kind.capability, harness.FromVolume(id))
 				atMost = w.begun.Load()
 				w.progress(t, 20)
-				dataMustBeClean(t, c.kind.name, dataImage(dataPool(d), clone.GetVolumeId()))
+				dataMustBeCleanAsCut(t, c.kind.name, dataImage(dataPool(d), clone.GetVolumeId()))
 				dataCheckVolume(t, d, c.kind, fmt.Sprintf("clone-%d", round), clone.GetVolumeId(), atLeast, atMost)
 
 				// Restored once more, after the source has moved on.

@@ -4,13 +4,12 @@ package integration
 
 import (
 	"bytes"
-	cryptorand "crypto/rand"
-	"crypto/sha256"
-	"encoding/hex"
+	"crypto/rand"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
-	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path"
@@ -209,39 +208,44 @@ func dataEventually(t testing.TB, check func() error) {
 
 // dataFill writes n bytes of noise to the beginning of a file or device, brings
 // them to stable storage, and gives their checksum.
-func dataFill(t testing.TB, name string, n int64) string {
+func dataFill(t testing.TB, name string, n int64) (sum uint32) {
 	t.Helper()
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o600)
 	dataMust(t, err)
 	defer f.Close()
-	sum := sha256.New()
-	var seed [32]byte
-	cryptorand.Read(seed[:])
-	noise := rand.NewChaCha8(seed)
-	if _, err := io.CopyN(io.MultiWriter(f, sum), noise, n); err != nil {
-		t.Fatal(err)
+	noise := make([]byte, dataMiB)
+	rand.Read(noise)
+	for at := int64(0); at < n; at += dataMiB {
+		binary.LittleEndian.PutUint64(noise, uint64(at)) // no piece is like another
+		piece := noise[:min(n-at, dataMiB)]
+		if _, err := f.WriteAt(piece, at); err != nil {
+			t.Fatal(err)
+		}
+		sum = crc32.Update(sum, dataCastagnoli, piece)
 	}
 	dataMust(t, f.Sync())
 	dataMust(t, f.Close())
-	return hex.EncodeToString(sum.Sum(nil))
+	return sum
 }
 
+var dataCastagnoli = crc32.MakeTable(crc32.Castagnoli)
+
 // dataSum is the checksum of the first n bytes of a file or device.
-func dataSum(t testing.TB, name string, n int64) string {
+func dataSum(t testing.TB, name string, n int64) uint32 {
 	t.Helper()
 	f, err := os.Open(name)
 	dataMust(t, err)
 	defer f.Close()
-	sum := sha256.New()
-	if _, err := io.CopyN(sum, f, n); err != nil {
+	sum := crc32.New(dataCastagnoli)
+	if _, err := io.CopyBuffer(struct{ io.Writer }{sum}, io.LimitReader(f, n), make([]byte, dataMiB)); err != nil {
 		t.Fatal(err)
 	}
-	return hex.EncodeToString(sum.Sum(nil))
+	return sum.Sum32()
 }
 
 // dataMustHold fails the test unless the first n bytes of a file or device have
 // the checksum.
-func dataMustHold(t testing.TB, name string, n int64, sum string) {
+func dataMustHold(t testing.TB, name string, n int64, sum uint32) {
 	t.Helper()
 	if got := dataSum(t, name, n); got != sum {
 		t.Errorf("the first %d bytes of %s are not what was written", n, name)
@@ -295,12 +299,29 @@ func dataSpan(t testing.TB, kind dataKind, target string) int64 {
 }
 
 // dataMustSpan fails the test unless a published volume offers size bytes: a
-// device all of them, a filesystem nearly all.
+// device all of them, a filesystem nearly all. An XFS of less than 1 GiB does
+// not count the 64 MiB of its log.
 func dataMustSpan(t testing.TB, kind dataKind, target string, size int64) {
 	t.Helper()
-	got := dataSpan(t, kind, target)
-	if got > size || kind.isBlock() && got != size || got < size*85/100 {
+	least := size * 85 / 100
+	switch kind.name {
+	case "block":
+		least = size
+	case "xfs":
+		least -= 64 * dataMiB
+	}
+	if got := dataSpan(t, kind, target); got > size || got < least {
 		t.Errorf("%s offers %d bytes of %d", target, got, size)
+	}
+}
+
+// dataMustBeCleanAsCut is dataMustBeClean for the image of a copy that was never
+// mounted. XFS is left out: it keeps in its log what was about to be freed, also
+// when it is frozen, and its fsck wants that to be replayed by a mount first.
+func dataMustBeCleanAsCut(t testing.TB, fsType, image string) {
+	t.Helper()
+	if fsType != "xfs" {
+		dataMustBeClean(t, fsType, image)
 	}
 }
 

@@ -10,10 +10,14 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -27,6 +31,8 @@ import (
 	"github.com/orlop-csi/orlop/pkg/loop"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
+
+func TestMain(m *testing.M) { harness.Main(m) }
 
 const (
 	ctlMiB = int64(1) << 20
@@ -271,12 +277,12 @@ func ctlExt4(t *testing.T, size int64) string {
 	t.Helper()
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	ctlMust(t, err)
-	t.Cleanup(func() { harness.Clean(t, dir) })
 	image, point := filepath.Join(dir, "ext4.img"), filepath.Join(dir, "ext4")
 	ctlMust(t, os.WriteFile(image, nil, 0o600))
 	ctlMust(t, os.Truncate(image, size))
 	ctlMust(t, os.Mkdir(point, 0o700))
 	device := ctlLoop(t, image)
+	t.Cleanup(func() { harness.Clean(t, dir) }) // before the device is detached
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
 	ctlMust(t, filesystem.Make(ctx, device, filesystem.Ext4, nil))
@@ -292,4 +298,44 @@ func ctlBlocks(t *testing.T, path string) int64 {
 	var st unix.Stat_t
 	ctlMust(t, unix.Stat(path, &st))
 	return st.Blocks * 512
+}
+
+// ctlServesMetrics gives a driver that is not started yet a free port for its
+// metrics, and the metrics' address.
+func ctlServesMetrics(t *testing.T, d *harness.Driver) (address string) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ctlMust(t, err)
+	address = l.Addr().String()
+	ctlMust(t, l.Close())
+	d.Args = append(d.Args, "--metrics-address", address)
+	return address
+}
+
+// ctlGet gets a page of the metrics' address.
+func ctlGet(t *testing.T, address, page string, code int) string {
+	t.Helper()
+	response, err := http.Get("http://" + address + page)
+	ctlMust(t, err)
+	defer response.Body.Close()
+	body, err := io.ReadAll(response.Body)
+	ctlMust(t, err)
+	if response.StatusCode != code {
+		t.Errorf("%s: %s; want %d", page, response.Status, code)
+	}
+	return string(body)
+}
+
+// ctlMetrics reads the metrics, by name and labels.
+func ctlMetrics(t *testing.T, address string) map[string]float64 {
+	t.Helper()
+	values := map[string]float64{}
+	for line := range strings.Lines(ctlGet(t, address, "/metrics", http.StatusOK)) {
+		line = strings.TrimSpace(line)
+		end := strings.LastIndexByte(line, ' ') + 1
+		if value, err := strconv.ParseFloat(line[end:], 64); err == nil && !strings.HasPrefix(line, "#") {
+			values[line[:end-1]] = value
+		}
+	}
+	return values
 }

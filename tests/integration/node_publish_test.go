@@ -407,33 +407,50 @@ func TestNodeVolumesHeldByAProcessAreNotTakenAway(t *testing.T) {
 			v := nodeCreate(d.In(t), kind.name, kind)
 			dataMust(t, v.stage())
 			dataMust(t, v.publish())
-			open, err := os.OpenFile(kind.file(d.Target(v.name)), os.O_RDWR|os.O_CREATE, 0o600)
-			dataMust(t, err)
-			defer open.Close()
-			var refused error
-			if kind.isBlock() { // the bind goes, the device stays
-				dataMust(t, v.unpublish(d.Target(v.name)))
-				refused = v.unstage()
-			} else {
-				refused = v.unpublish(d.Target(v.name))
-			}
-			dataCode(t, refused, codes.FailedPrecondition, map[bool]string{true: "open in another process", false: "busy"}[kind.isBlock()])
+			file := kind.file(d.Target(v.name))
+			release := nodeHold(t, file)
+			dataCode(t, v.unpublish(d.Target(v.name)), codes.FailedPrecondition, "busy", d.Target(v.name))
 			dataCode(t, v.remove(), codes.FailedPrecondition, "in use")
-			if _, err := open.WriteAt([]byte("still mine"), 0); err != nil {
-				t.Error(err)
-			}
-			dataMust(t, open.Sync())
-			dataMust(t, open.Close())
-			d.Release(v.name, v.id)
-			d.Use(v.name, v.id, kind.capability)
-			content, err := os.ReadFile(kind.file(d.Target(v.name)))
+			release()
+			dataMust(t, v.unpublish(d.Target(v.name)))
+
+			held := filepath.Join(d.Staging(v.name), "file")
+			says := "busy"
 			if kind.isBlock() {
-				content = content[:10]
+				held, says = "/dev/"+dataLoops(t, dataPool(d))[0], "open in another process"
 			}
-			if err != nil || string(content) != "still mine" {
+			release = nodeHold(t, held)
+			dataCode(t, v.unstage(), codes.FailedPrecondition, says)
+			dataCode(t, v.remove(), codes.FailedPrecondition, "in use")
+			release()
+			dataMust(t, v.unstage())
+
+			d.Use(v.name, v.id, kind.capability)
+			content := make([]byte, 10)
+			f, err := os.Open(file)
+			dataMust(t, err)
+			defer f.Close()
+			if _, err := f.ReadAt(content, 0); err != nil || string(content) != "still mine" {
 				t.Errorf("it has %q (%v)", content, err)
 			}
+			dataMust(t, f.Close())
 			d.Release(v.name, v.id)
 		})
+	}
+}
+
+// nodeHold opens a file, to write to it until release.
+func nodeHold(t *testing.T, name string) (release func()) {
+	t.Helper()
+	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE, 0o600)
+	dataMust(t, err)
+	t.Cleanup(func() { f.Close() })
+	return func() {
+		t.Helper()
+		if _, err := f.WriteAt([]byte("still mine"), 0); err != nil {
+			t.Error(err)
+		}
+		dataMust(t, f.Sync())
+		dataMust(t, f.Close())
 	}
 }

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/loop"
@@ -85,17 +88,52 @@ func (e *Engine) mustExist(name string) error {
 }
 
 // loops asks the kernel for the loop devices of a volume's image, whatever the
-// image's state; a missing image has none that can be found.
+// image's state.
 func (e *Engine) loops(name string) ([]loop.Device, error) {
-	data, err := e.open(path.Join(volumesDir, name, dataFile), os.O_RDONLY)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil, nil
+	image := path.Join(volumesDir, name, dataFile)
+	data, err := e.open(image, os.O_RDONLY)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, pool.ErrDamaged) {
+		return e.unlinked(image)
 	}
 	if err != nil {
 		return nil, err
 	}
 	defer data.Close()
 	return loop.Find(data)
+}
+
+// unlinked finds the loop devices of an image that somebody has removed: its
+// users must be able to leave. The kernel has kept its path, with a mark
+// (proc_pid_fd(5) has the same of open files).
+func (e *Engine) unlinked(image string) ([]loop.Device, error) {
+	dir, err := filepath.EvalSymlinks(e.dir)
+	if err != nil {
+		return nil, err
+	}
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	if err != nil {
+		return nil, err
+	}
+	var found []loop.Device
+	for _, file := range files {
+		backing, err := os.ReadFile(file)
+		if err != nil || strings.TrimSuffix(string(backing), "\n") != path.Join(dir, image)+" (deleted)" {
+			continue // or detached just now
+		}
+		var st unix.Stat_t
+		if err := unix.Stat(path.Join("/dev", strings.Split(file, "/")[3]), &st); err != nil {
+			return nil, err
+		}
+		d, err := loop.Get(st.Rdev)
+		if errors.Is(err, loop.ErrDetached) {
+			continue
+		}
+		if err != nil {
+			return nil, err
+		}
+		found = append(found, d)
+	}
+	return found, nil
 }
 
 // Detach implements [pool.Engine].

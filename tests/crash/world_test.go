@@ -1,0 +1,513 @@
+//go:build integration
+
+package crash
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"os/exec"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/orlop-csi/orlop/pkg/filesystem"
+	"github.com/orlop-csi/orlop/tests/harness"
+)
+
+const mib = int64(1) << 20
+
+// pause bounds how long a writer may be held up: a start of the driver on a busy
+// machine, and no more.
+const pause = 20 * time.Second
+
+// settled bounds how long the driver may take to free what was deleted, and a
+// call that comes too early to become possible.
+const settled = 20 * time.Second
+
+// world is a driver with a pool, a volume in it that has nothing to do with
+// what is tried, and all that can be seen of it from outside.
+type world struct {
+	*harness.Driver
+
+	t     *testing.T
+	at    string // what is being tried, for the failure
+	pool  string // the pool's directory
+	room  int64  // bytes that the pool can promise when it is empty
+	sums  map[string]string
+	live  map[string]*writer // by volume
+	floor int64              // records of the live source that the call must find
+	snap  string             // ID of the snapshot that all points share
+}
+
+// newWorld starts a driver with a pool, and a bystander unless it would be in
+// the way.
+func newWorld(t *testing.T, alone bool) *world {
+	t.Helper()
+	d := harness.Start(t, harness.FilePool("4Gi"))
+	w := &world{
+		Driver: d, t: t, at: "setup",
+		pool: filepath.Join(d.Dir, "state", "mounts", "default"),
+		sums: map[string]string{}, live: map[string]*writer{},
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("it was: %s", w.at)
+		}
+	})
+	w.room = w.available()
+	if !alone {
+		w.source("bystander", 64*mib, harness.Mount("ext4", harness.Writer))
+	}
+	return w
+}
+
+// must fails the test if err is not nil.
+func (w *world) must(err error) {
+	w.t.Helper()
+	if err != nil {
+		w.t.Fatalf("%s: %v", w.at, err)
+	}
+}
+
+// source makes a volume in use, with data at rest and a writer.
+func (w *world) source(name string, size int64, c *csi.VolumeCapability) {
+	w.t.Helper()
+	w.Create(name, size, c)
+	w.Use(name, w.id(name), c)
+	w.note(name)
+	w.live[name] = write(w.t, filepath.Join(w.Target(name), "writer"))
+}
+
+// note writes data to a volume that is in use, brings it to stable storage, and
+// remembers it.
+func (w *world) note(name string) {
+	w.t.Helper()
+	data := make([]byte, 256<<10)
+	rand.Read(data)
+	f, err := os.OpenFile(w.file(name), os.O_WRONLY|os.O_CREATE, 0o600)
+	w.must(err)
+	defer f.Close()
+	_, err = f.Write(data)
+	w.must(err)
+	w.must(f.Sync())
+	w.sums[name] = sum(data)
+}
+
+// file is what is written to in a published volume: a file, or the device.
+func (w *world) file(name string) string {
+	target := w.Target(name)
+	if info, err := os.Stat(target); err == nil && !info.IsDir() {
+		return target
+	}
+	return filepath.Join(target, "file")
+}
+
+func sum(data []byte) string {
+	s := sha256.Sum256(data)
+	return hex.EncodeToString(s[:])
+}
+
+// holds fails the test unless a published volume has the data that was written
+// to it, or to what it was copied from.
+func (w *world) holds(name, origin string) {
+	w.t.Helper()
+	f, err := os.Open(w.file(name))
+	w.must(err)
+	defer f.Close()
+	data := make([]byte, 256<<10)
+	_, err = f.Read(data)
+	w.must(err)
+	if sum(data) != w.sums[origin] {
+		w.t.Fatalf("%s: volume %s has not the data of %s", w.at, name, origin)
+	}
+}
+
+// id is the ID of a volume or snapshot: an orchestrator that was told none can
+// find it with ListVolumes.
+func (w *world) id(name string) string {
+	w.t.Helper()
+	var identity struct {
+		Payload struct {
+			ID string `json:"id"`
+		} `json:"payload"`
+	}
+	w.read("orlop.json", &identity)
+	return harness.NodeID + "/" + identity.Payload.ID + "/" + name
+}
+
+// read reads a metadata file of the pool.
+func (w *world) read(name string, v any) {
+	w.t.Helper()
+	text, err := os.ReadFile(filepath.Join(w.pool, name))
+	w.must(err)
+	w.must(json.Unmarshal(text, v))
+}
+
+func (w *world) available() int64 {
+	w.t.Helper()
+	response, err := w.GetCapacity(w.Context(), &csi.GetCapacityRequest{})
+	w.must(err)
+	return response.GetAvailableCapacity()
+}
+
+// until repeats a call while it is refused with one of the codes, as an
+// orchestrator does.
+func (w *world) until(call func(context.Context) error, repeat ...codes.Code) error {
+	for deadline := time.Now().Add(settled); ; time.Sleep(20 * time.Millisecond) {
+		err := call(w.Context())
+		if err == nil || !slices.Contains(repeat, status.Code(err)) || time.Now().After(deadline) {
+			return err
+		}
+	}
+}
+
+// gone does what an orchestrator does to be rid of a volume, whatever has
+// become of it.
+func (w *world) gone(name, volumeID string) {
+	w.t.Helper()
+	w.leave(name, volumeID)
+	w.end("DeleteVolume", func(ctx context.Context) error {
+		_, err := w.DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: volumeID})
+		return err
+	})
+}
+
+// leave unpublishes and unstages a volume, whatever has become of it.
+func (w *world) leave(name, volumeID string) {
+	w.t.Helper()
+	if live := w.live[name]; live != nil {
+		w.must(live.end())
+		delete(w.live, name)
+	}
+	w.unpublished(name, volumeID)
+	w.end("NodeUnstageVolume", func(ctx context.Context) error {
+		_, err := w.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: volumeID, StagingTargetPath: w.Staging(name)})
+		if status.Code(err) == codes.NotFound {
+			return nil
+		}
+		return err
+	})
+	w.must(os.Remove(w.Staging(name))) // empty, as the orchestrator made it
+}
+
+func (w *world) unpublished(name, volumeID string) {
+	w.t.Helper()
+	w.end("NodeUnpublishVolume", func(ctx context.Context) error {
+		_, err := w.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: volumeID, TargetPath: w.Target(name)})
+		return err
+	})
+}
+
+func (w *world) uncut(name string) {
+	w.t.Helper()
+	w.end("DeleteSnapshot", func(ctx context.Context) error {
+		_, err := w.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: w.id(name)})
+		return err
+	})
+}
+
+// end repeats a call that undoes something until it succeeds. A program that
+// outlived the driver may still have the device.
+func (w *world) end(what string, call func(context.Context) error) {
+	w.t.Helper()
+	if err := w.until(call, codes.Aborted, codes.FailedPrecondition); err != nil {
+		w.t.Fatalf("%s: %s: %v", w.at, what, err)
+	}
+}
+
+// seen is what can be seen of a world from outside.
+type seen struct {
+	lines    []string // what there is; the same for the same state
+	problems []string // what must never be
+}
+
+// look describes the world, once what was deleted is freed: the files of the
+// pool, what the driver lists, loop devices, mounts, and paths; and it finds
+// what must never be, such as an orphan or a frozen filesystem.
+func (w *world) look() seen {
+	w.t.Helper()
+	var s seen
+	s.problem(w.empty(".staging"))
+	s.problem(w.empty(".trash"))
+	w.lookAtPaths(&s)
+	devices := w.lookAtDevices(&s)
+	w.lookAtMounts(&s, devices)
+	w.lookAtPool(&s)
+	health, err := w.NodeGetStorageHealth(w.Context(), &csi.NodeGetStorageHealthRequest{})
+	w.must(err)
+	for _, h := range health.GetBackendHealth() {
+		s.problem(fmt.Errorf("health: %v", h))
+	}
+	for name, live := range w.live {
+		s.problem(live.progress(pause))
+		if longest := time.Duration(live.longest.Load()); longest > pause {
+			s.problem(fmt.Errorf("the writer of %s was held up for %s", name, longest))
+		}
+		w.holds(name, name)
+	}
+	slices.Sort(s.lines)
+	return s
+}
+
+func (s *seen) line(format string, args ...any) {
+	s.lines = append(s.lines, fmt.Sprintf(format, args...))
+}
+
+func (s *seen) problem(err error) {
+	if err != nil {
+		s.problems = append(s.problems, err.Error())
+	}
+}
+
+// empty waits until a directory of the pool is empty.
+func (w *world) empty(dir string) error {
+	for deadline := time.Now().Add(settled); ; time.Sleep(5 * time.Millisecond) {
+		entries, err := os.ReadDir(filepath.Join(w.pool, dir))
+		w.must(err)
+		if len(entries) == 0 {
+			return nil
+		}
+		if time.Now().After(deadline) {
+			return fmt.Errorf("%s still has %s", dir, entries[0].Name())
+		}
+	}
+}
+
+// lookAtPaths lists the paths outside of the pool.
+func (w *world) lookAtPaths(s *seen) {
+	w.t.Helper()
+	for _, dir := range []string{".", "staging", "targets", "state", "state/pools", "state/mounts"} {
+		entries, err := os.ReadDir(filepath.Join(w.Dir, dir))
+		w.must(err)
+		for _, entry := range entries {
+			s.line("path %s", path.Join(dir, entry.Name()))
+		}
+	}
+}
+
+// lookAtDevices lists the loop devices of files below the driver's directory,
+// and gives those files by the devices' names.
+func (w *world) lookAtDevices(s *seen) map[string]string {
+	w.t.Helper()
+	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	w.must(err)
+	devices := map[string]string{}
+	for _, file := range files {
+		// One that is gone meanwhile is somebody else's.
+		backing, err := os.ReadFile(file)
+		if err != nil || !strings.HasPrefix(string(backing), w.Dir+"/") {
+			continue
+		}
+		sys := filepath.Dir(filepath.Dir(file))
+		attribute := func(name string) string {
+			text, err := os.ReadFile(filepath.Join(sys, name))
+			w.must(err)
+			return strings.TrimSpace(string(text))
+		}
+		of := strings.TrimPrefix(strings.TrimSpace(string(backing)), w.Dir+"/")
+		devices[filepath.Base(sys)] = of
+		s.line("device of %s, sectors %s, read-only %s, direct %s, discard %s", of, attribute("size"), attribute("ro"), attribute("loop/dio"), attribute("queue/discard_max_bytes"))
+		if attribute("loop/autoclear") != "0" {
+			s.problem(fmt.Errorf("the device of %s will vanish when its last user closes it", of))
+		}
+	}
+	return devices
+}
+
+// lookAtMounts lists what is mounted below the driver's directory, and tries to
+// write to it.
+func (w *world) lookAtMounts(s *seen, devices map[string]string) {
+	w.t.Helper()
+	mounts, err := filesystem.Mounts()
+	w.must(err)
+	for _, m := range mounts {
+		at, below := strings.CutPrefix(m.Path, w.Dir+"/")
+		if !below {
+			continue
+		}
+		node := m.Type == "devtmpfs"
+		of := filepath.Base(m.Source)
+		if node {
+			of = filepath.Base(m.Root)
+		}
+		s.line("mount %s of %s, device node %t, read-only %t", at, devices[of], node, m.ReadOnly)
+		if !node && !m.ReadOnly && m.Path != w.pool {
+			s.problem(writable(m.Path, pause))
+		}
+	}
+}
+
+// writable finds out whether a filesystem takes a write: a frozen one makes it
+// wait.
+func writable(dir string, limit time.Duration) error {
+	done := make(chan error, 1)
+	go func() {
+		name := filepath.Join(dir, "probe")
+		f, err := os.Create(name)
+		if err == nil {
+			err = errors.Join(f.Sync(), f.Close(), os.Remove(name))
+		}
+		done <- err
+	}()
+	select {
+	case err := <-done:
+		return err
+	case <-time.After(limit):
+		return fmt.Errorf("%s is frozen: a write hangs", dir)
+	}
+}
+
+// lookAtPool lists the files of the pool and what the driver says of them. What
+// is available and what is promised for the files must add up.
+func (w *world) lookAtPool(s *seen) {
+	w.t.Helper()
+	listed := map[string]bool{}
+	volumes, err := w.ListVolumes(w.Context(), &csi.ListVolumesRequest{})
+	w.must(err)
+	for _, e := range volumes.GetEntries() {
+		name := path.Base(e.GetVolume().GetVolumeId())
+		listed["volumes/"+name] = true
+		s.line("volume %s, %d bytes", name, e.GetVolume().GetCapacityBytes())
+	}
+	snapshots, err := w.ListSnapshots(w.Context(), &csi.ListSnapshotsRequest{})
+	w.must(err)
+	for _, e := range snapshots.GetEntries() {
+		name := path.Base(e.GetSnapshot().GetSnapshotId())
+		listed["snapshots/"+name] = true
+		s.line("snapshot %s of %s, %d bytes, ready %t", name, path.Base(e.GetSnapshot().GetSourceVolumeId()), e.GetSnapshot().GetSizeBytes(), e.GetSnapshot().GetReadyToUse())
+	}
+	var promised int64
+	err = filepath.WalkDir(w.pool, func(at string, entry fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		name := strings.TrimPrefix(strings.TrimPrefix(at, w.pool), "/")
+		dir := path.Dir(name)
+		switch {
+		case entry.Name() == "data":
+			info, err := entry.Info()
+			if err != nil {
+				return err
+			}
+			s.line("file %s, %d bytes", name, info.Size())
+			if stat, ok := info.Sys().(*syscall.Stat_t); ok && strings.HasPrefix(name, "snapshots/") {
+				promised += stat.Blocks * 512
+			} else {
+				promised += info.Size()
+			}
+			if !listed[dir] && !w.inline(dir) {
+				s.problem(fmt.Errorf("%s is an orphan: nobody knows of it", dir))
+			}
+		case entry.Name() == "volume.json":
+			s.line("file %s, content %s", name, w.metadata(dir).Content)
+		default:
+			s.line("file %s", name)
+		}
+		return nil
+	})
+	w.must(err)
+	for dir := range listed {
+		if _, err := os.Stat(filepath.Join(w.pool, dir, "data")); err != nil {
+			s.problem(fmt.Errorf("%s is listed and not there: %w", dir, err))
+		}
+	}
+	if available := w.available(); available+promised != w.room {
+		s.problem(fmt.Errorf("%d bytes are available and %d promised, which is %d too many", available, promised, available+promised-w.room))
+	}
+}
+
+type metadata struct {
+	Content   string `json:"content"`
+	Ephemeral bool   `json:"ephemeral"`
+}
+
+func (w *world) metadata(dir string) metadata {
+	w.t.Helper()
+	var envelope struct {
+		Payload metadata `json:"payload"`
+	}
+	w.read(path.Join(dir, "volume.json"), &envelope)
+	return envelope.Payload
+}
+
+// inline tells whether a directory is that of an inline volume, which the driver
+// does not list.
+func (w *world) inline(dir string) bool {
+	w.t.Helper()
+	return strings.HasPrefix(dir, "volumes/") && w.metadata(dir).Ephemeral
+}
+
+// compare fails the test unless the world is as it should be.
+func (w *world) compare(what string, got seen, want []string) {
+	w.t.Helper()
+	var wrong []string
+	for _, problem := range got.problems {
+		wrong = append(wrong, "problem: "+problem)
+	}
+	for _, line := range differ(got.lines, want) {
+		wrong = append(wrong, "too much: "+line)
+	}
+	for _, line := range differ(want, got.lines) {
+		wrong = append(wrong, "missing: "+line)
+	}
+	if len(wrong) > 0 {
+		w.t.Fatalf("%s: %s:\n%s", w.at, what, strings.Join(wrong, "\n"))
+	}
+}
+
+// differ gives the lines of a that b has not, or not as often.
+func differ(a, b []string) []string {
+	left := slices.Clone(b)
+	var lines []string
+	for _, line := range a {
+		if i := slices.Index(left, line); i >= 0 {
+			left = slices.Delete(left, i, i+1)
+		} else {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// try lets the operation run until the driver is killed at the point, or to its
+// end, and gives the changes that it began.
+func (w *world) try(o operation, at point, family bool) (killed bool, changes []string) {
+	w.t.Helper()
+	var tr *tracer
+	var err error
+	if o.call == nil {
+		w.Launch(func(cmd *exec.Cmd) error {
+			tr, err = launch(cmd, w.Dir, at, family)
+			return err
+		})
+		if err = w.Serves(); err == nil {
+			err = errors.Join(w.empty(".staging"), w.empty(".trash"))
+		}
+	} else {
+		tr, err = attach(w.Pid(), w.Dir, at, family)
+		w.must(err)
+		err = o.call(w.Context(), w)
+	}
+	tr.end()
+	if tr.killed {
+		w.Kill()
+	} else {
+		w.must(err)
+	}
+	return tr.killed, tr.changes
+}

@@ -1,0 +1,242 @@
+//go:build integration
+
+package integration
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+
+	"github.com/orlop-csi/orlop/tests/harness"
+)
+
+// nodeHealth is what every call says of one volume's health, as "status reason".
+// They must agree.
+func nodeHealth(t *testing.T, d *harness.Driver, id string) string {
+	t.Helper()
+	text := func(health *csi.VolumeHealth) string {
+		if health.GetVolumeId() != id {
+			t.Errorf("asked for %s, got %s", id, health.GetVolumeId())
+		}
+		var all []string
+		for _, entry := range health.GetHealthStatuses() {
+			all = append(all, entry.GetStatus().String()+" "+entry.GetReason())
+			if entry.GetMessage() == "" {
+				t.Errorf("%s of %s has no message", entry.GetReason(), id)
+			}
+		}
+		return strings.Join(all, ", ")
+	}
+	controller, err := d.ControllerGetVolumeHealth(d.Context(), &csi.ControllerGetVolumeHealthRequest{VolumeId: id})
+	dataMust(t, err)
+	node, err := d.NodeGetVolumeHealth(d.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: id})
+	dataMust(t, err)
+	list, err := d.ControllerListVolumeHealth(d.Context(), &csi.ControllerListVolumeHealthRequest{})
+	dataMust(t, err)
+	got := text(controller.GetVolumeHealth())
+	if other := text(node.GetVolumeHealth()); other != got {
+		t.Errorf("the controller says %q, the node %q", got, other)
+	}
+	i := slices.IndexFunc(list.GetEntries(), func(h *csi.VolumeHealth) bool { return h.GetVolumeId() == id })
+	switch {
+	case (i >= 0) != (got != ""):
+		t.Errorf("%s has %q, and the list has it: %v", id, got, i >= 0)
+	case i >= 0 && text(list.GetEntries()[i]) != got:
+		t.Errorf("the controller says %q, the list %q", got, text(list.GetEntries()[i]))
+	}
+	return got
+}
+
+// What is lost under the driver is reported, of that volume and of no other,
+// for as long as it is so.
+func TestNodeHealthTellsOfLostData(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("4Gi"))
+	sound := d.Create("sound", 64*dataMiB, nodeExt4.capability).GetVolumeId()
+	d.Use("sound", sound, nodeExt4.capability)
+	for _, inUse := range []bool{false, true} {
+		id := d.Create("volume", 64*dataMiB, nodeBlock.capability).GetVolumeId()
+		image := dataImage(dataPool(d), id)
+		if inUse {
+			d.Use("volume", id, nodeBlock.capability)
+		}
+		for _, c := range []struct {
+			harm, mend func() error
+			want       string
+		}{
+			{func() error { return nil }, func() error { return nil }, ""},
+			{func() error { return os.Truncate(image, 32*dataMiB) }, func() error { return os.Truncate(image, 64*dataMiB) }, "DATA_LOSS ImageTruncated"},
+			{func() error { return os.Rename(image, image+".gone") }, func() error { return os.Rename(image+".gone", image) }, "DATA_LOSS ImageMissing"},
+			{func() error {
+				return errors.Join(os.Rename(image, image+".gone"), os.Symlink(image+".gone", image))
+			}, func() error { return os.Rename(image+".gone", image) }, "DATA_LOSS ImageReplaced"},
+		} {
+			dataMust(t, c.harm())
+			if got := nodeHealth(t, d, id); got != c.want {
+				t.Errorf("in use %v: the health is %q, want %q", inUse, got, c.want)
+			}
+			if got := nodeHealth(t, d, sound); got != "" {
+				t.Errorf("the other volume's health is %q", got)
+			}
+			dataMust(t, c.mend())
+			if got := nodeHealth(t, d, id); got != "" {
+				t.Errorf("once mended, the health is %q", got)
+			}
+		}
+		if inUse {
+			d.Release("volume", id)
+		}
+		d.Delete(id)
+	}
+}
+
+// Whose image is gone can still be left: what is mounted is taken down, and what
+// is attached is detached, as of any other volume.
+func TestNodeVolumeWhoseImageWasRemovedCanBeLeft(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("4Gi"))
+	for _, kind := range []dataKind{nodeExt4, nodeBlock} {
+		for _, restart := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, driver restarted %v", kind.name, restart), func(t *testing.T) {
+				v := nodeCreate(d.In(t), fmt.Sprintf("%s-%v", kind.name, restart), kind)
+				dataMust(t, v.stage())
+				dataMust(t, v.publish())
+				dataFill(t, kind.file(d.Target(v.name)), dataMiB)
+				dataMust(t, os.Remove(dataImage(dataPool(d), v.id)))
+				if restart {
+					d.Restart()
+					v.Driver = d.In(t)
+				}
+				if got := nodeHealth(t, v.Driver, v.id); got != "DATA_LOSS ImageMissing" {
+					t.Errorf("the health is %q", got)
+				}
+				dataFill(t, kind.file(d.Target(v.name)), dataMiB) // the kernel has it still
+				dataCode(t, v.remove(), codes.FailedPrecondition, "in use")
+				dataMust(t, v.unpublish(d.Target(v.name)))
+				dataMust(t, v.unstage())
+				dataMustBeIdle(t, d, dataPool(d))
+				dataCode(t, v.stage(), codes.DataLoss, "missing")
+				dataMust(t, v.remove())
+				dataMustHoldNothing(t, dataPool(d))
+			})
+		}
+	}
+}
+
+// A filesystem that has given up after an error is not usable, though its mount
+// says otherwise. To stage the volume again mends it.
+func TestNodeHealthTellsOfAFilesystemThatHasGivenUp(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("4Gi"))
+	for _, c := range []struct {
+		kind   dataKind
+		flag   string
+		harm   func(t *testing.T, target, device string) error
+		fails  error
+		reason string
+	}{
+		{dataKinds[0], "errors=remount-ro", func(_ *testing.T, _, device string) error {
+			return os.WriteFile(filepath.Join("/sys/fs/ext4", device, "trigger_fs_error"), []byte("a test"), 0)
+		}, unix.EROFS, "FilesystemReadOnly"},
+		{dataKinds[1], "rw", nodeShutDown, unix.EIO, "FilesystemFailed"},
+	} {
+		t.Run(c.kind.name, func(t *testing.T) {
+			d := d.In(t)
+			capability := harness.Mount(c.kind.name, harness.Writer, c.flag)
+			id := d.Create(c.kind.name, c.kind.size, capability).GetVolumeId()
+			target := d.Use(c.kind.name, id, capability)
+			file := filepath.Join(target, "file")
+			sum := dataFill(t, file, dataMiB)
+			if got := nodeHealth(t, d, id); got != "" {
+				t.Fatalf("a sound volume has %q", got)
+			}
+			device := dataLoops(t, dataPool(d))
+			if len(device) != 1 {
+				t.Fatalf("loop devices: %v", device)
+			}
+			dataMust(t, c.harm(t, target, device[0]))
+			if err := os.Mkdir(filepath.Join(target, "x"), 0o700); !errors.Is(err, c.fails) {
+				t.Fatalf("the filesystem goes on: %v", err)
+			}
+			node, err := d.NodeGetVolumeHealth(d.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: id, VolumePublishPath: target})
+			dataMust(t, err)
+			entries := node.GetVolumeHealth().GetHealthStatuses()
+			if len(entries) != 1 || entries[0].GetStatus() != csi.VolumeHealthErrorType_INACCESSIBLE || entries[0].GetReason() != c.reason {
+				t.Errorf("the health is %v", entries)
+			}
+			d.Release(c.kind.name, id)
+			d.Use(c.kind.name, id, capability)
+			if got := nodeHealth(t, d, id); got != "" {
+				t.Errorf("after it was staged again: %q", got)
+			}
+			dataMustHold(t, file, dataMiB, sum)
+			dataMust(t, os.Mkdir(filepath.Join(target, "x"), 0o700))
+			d.Release(c.kind.name, id)
+			dataMustBeClean(t, c.kind.name, dataImage(dataPool(d), id))
+		})
+	}
+}
+
+// nodeShutDown makes a filesystem do what it does when its disk fails, once its
+// log is on the disk: XFS_IOC_GOINGDOWN with XFS_FSOP_GOING_FLAGS_LOGFLUSH, of
+// fs/xfs/libxfs/xfs_fs.h.
+func nodeShutDown(t *testing.T, target, _ string) error {
+	t.Helper()
+	f, err := os.Open(target)
+	dataMust(t, err)
+	defer f.Close()
+	return unix.IoctlSetPointerInt(int(f.Fd()), 0x8004587d, 1)
+}
+
+// The health of a pool is that of its filesystem.
+func TestNodeStorageHealthTellsOfThePool(t *testing.T) {
+	disk := harness.Filesystem(t, "xfs", dataGiB)
+	poolDir := filepath.Join(disk, "pool")
+	dataMust(t, os.Mkdir(poolDir, 0o700))
+	d := harness.Start(t, harness.DirectoryPool(poolDir))
+	id := d.Create("volume", 64*dataMiB, nodeExt4.capability).GetVolumeId()
+	fill := filepath.Join(disk, "fill")
+	for _, c := range []struct {
+		harm, mend func()
+		status     csi.StorageHealthErrorType
+		reason     string
+	}{
+		{func() {}, func() {}, 0, ""},
+		{
+			func() { dataRun(t, "mount", "-o", "remount,ro", disk) },
+			func() { dataRun(t, "mount", "-o", "remount,rw", disk) },
+			csi.StorageHealthErrorType_STORAGE_UNREACHABLE, "PoolReadOnly",
+		},
+		{
+			func() { dataRun(t, "fallocate", "-l", fmt.Sprint(dataFree(t, disk)-16*dataMiB), fill) },
+			func() { dataMust(t, os.Remove(fill)) },
+			csi.StorageHealthErrorType_STORAGE_DEGRADED, "PoolNearlyFull",
+		},
+		{
+			func() {
+				dataMust(t, os.Rename(filepath.Join(poolDir, "volumes", "volume"), filepath.Join(disk, "aside")))
+			},
+			func() {
+				dataMust(t, os.Rename(filepath.Join(disk, "aside"), filepath.Join(poolDir, "volumes", "volume")))
+			}, 0, "", // that is the volume's
+		},
+	} {
+		c.harm()
+		health, err := d.NodeGetStorageHealth(d.Context(), &csi.NodeGetStorageHealthRequest{})
+		dataMust(t, err)
+		entries := health.GetBackendHealth()
+		switch {
+		case c.reason == "" && len(entries) > 0:
+			t.Errorf("a sound pool has %v", entries)
+		case c.reason != "" && (len(entries) != 1 || entries[0].GetStatus() != c.status || entries[0].GetReason() != c.reason || !strings.Contains(entries[0].GetMessage(), "default")):
+			t.Errorf("got %v, want %s %s, and the pool's name", entries, c.status, c.reason)
+		}
+		c.mend()
+	}
+	d.Delete(id)
+}

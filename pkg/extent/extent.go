@@ -48,16 +48,6 @@ func Blank(f *os.File) (bool, error) {
 	return false, err
 }
 
-// Allocated returns how many bytes of storage f occupies. Blocks that it shares
-// with other files count in full.
-func Allocated(f *os.File) (int64, error) {
-	var st unix.Stat_t
-	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
-		return 0, fmt.Errorf("stat %s: %w", f.Name(), err)
-	}
-	return st.Blocks * 512, nil // the unit of st_blocks whatever the block size, inode(7)
-}
-
 // Allocate makes sure that [off, off+n) of f can be written without needing a
 // new block, unless it is shared with another file: see Unshare. What is there
 // stays, and the rest reads as zeros. The file becomes off+n bytes long if it

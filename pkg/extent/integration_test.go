@@ -127,7 +127,7 @@ func TestOnlyWhatWasNeverWrittenIsBlank(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		t.Cleanup(func() { unix.Munmap(m) })
+		t.Cleanup(func() { _ = unix.Munmap(m) })
 		m[size/2] = 1
 	}
 	direct := func(t *testing.T, f *os.File) {
@@ -140,7 +140,7 @@ func TestOnlyWhatWasNeverWrittenIsBlank(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		defer unix.Munmap(page)
+		defer func() { _ = unix.Munmap(page) }()
 		page[100] = 1
 		write(t, d, 8192, page)
 	}
@@ -504,56 +504,13 @@ func TestPrepareOnExt4IsNothing(t *testing.T) {
 	}
 }
 
-func TestDirectIOOfTheToldSizeWorks(t *testing.T) {
-	onEach(t, func(t *testing.T, fs, dir string) {
-		f := newFile(t, dir, MiB)
-		expectDirectIO(t, f)
-		if err := extent.Clone(newFile(t, dir, 0), f); err != nil && !errors.Is(err, extent.ErrUnsupported) {
-			t.Fatal(err)
-		}
-		expectDirectIO(t, f)
-	})
-}
-
-func TestTheDisksSectorsLimitDirectIO(t *testing.T) {
-	for _, sector := range []int{512, 4096} {
-		f := newFile(t, mount(t, "mkfs.ext4", "ext4", loop.Options{BlockSize: sector}), MiB)
-		if got, err := extent.DirectAlign(f); err != nil || got != sector {
-			t.Errorf("on sectors of %d: %d, %v", sector, got, err)
-		}
-	}
-}
-
-func expectDirectIO(t *testing.T, f *os.File) {
-	t.Helper()
-	n, err := extent.DirectAlign(f)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Logf("direct I/O in units of %d", n)
-	d, err := os.OpenFile(f.Name(), os.O_RDWR|unix.O_DIRECT, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer d.Close()
-	page, err := unix.Mmap(-1, 0, max(n, 4096), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE) // aligned
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Munmap(page)
-	write(t, d, int64(3*n), page[:n])
-	if _, err := d.ReadAt(page[:n], int64(3*n)); err != nil {
-		t.Error(err)
-	}
-}
-
 func allocated(t *testing.T, f *os.File) int64 {
 	t.Helper()
-	n, err := extent.Allocated(f)
-	if err != nil {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
 		t.Fatal(err)
 	}
-	return n
+	return st.Blocks * 512 // stat(2)
 }
 
 // physical returns where the first extents of f are on the disk (FS_IOC_FIEMAP,

@@ -101,20 +101,3 @@ func overwriteInPlace(f *os.File) error {
 	}
 	return nil
 }
-
-// DirectAlign returns the smallest unit in bytes in which f can be read and
-// written directly, at least 512 (STATX_DIOALIGN in statx(2)); 4096 if the
-// kernel does not tell. On XFS a file that shares blocks needs whole blocks
-// even if it did not before, so the answer is for f as it is now.
-func DirectAlign(f *os.File) (int, error) {
-	const unknown = 4096 // the largest that disks have
-	var st unix.Statx_t
-	err := unix.Statx(int(f.Fd()), "", unix.AT_EMPTY_PATH, unix.STATX_DIOALIGN, &st)
-	if err != nil {
-		return 0, fmt.Errorf("ask for the alignment of direct I/O of %s: %w", f.Name(), err)
-	}
-	if st.Mask&unix.STATX_DIOALIGN == 0 || st.Dio_offset_align == 0 {
-		return unknown, nil
-	}
-	return max(512, int(st.Dio_offset_align)), nil
-}

@@ -1,6 +1,6 @@
-// Package filesystem makes, recognises, checks, mounts, grows, freezes and
-// trims ext4, XFS and btrfs on a block device, and tells from the kernel what
-// is mounted where.
+// Package filesystem makes, recognises, checks, mounts, grows and freezes ext4,
+// XFS and btrfs on a block device, and tells from the kernel what is mounted
+// where.
 //
 // It uses system calls wherever one does the work, and the distribution's own
 // mkfs and e2fsck where none does. What may hang on a broken disk takes a

@@ -23,7 +23,7 @@ import (
 // must not be given up. Until then the mount cannot be unmounted.
 func Freeze(ctx context.Context, mountpoint string) (thaw func() error, err error) {
 	fd, err := within(ctx, "freeze "+mountpoint, func() (int, error) { return freeze(ctx, mountpoint) }, func(fd int) {
-		thawAndClose(fd)
+		_ = thawAndClose(fd) // the caller has gone
 	})
 	if err != nil {
 		return nil, err
@@ -82,24 +82,4 @@ func Thaw(mountpoint string) (wasFrozen bool, err error) {
 		return false, fmt.Errorf("thaw %s: %w", mountpoint, err)
 	}
 	return true, nil
-}
-
-// Trim discards what the filesystem that is mounted at mountpoint does not use,
-// and returns how many bytes that were: FITRIM, the request behind fstrim(8).
-// What was deleted a moment ago is in use until it is on stable storage, so
-// that comes first.
-func Trim(ctx context.Context, mountpoint string) (int64, error) {
-	return within(ctx, "trim "+mountpoint, func() (int64, error) {
-		fd, err := openMount(mountpoint)
-		if err != nil {
-			return 0, err
-		}
-		defer unix.Close(fd)
-		if err := unix.Syncfs(fd); err != nil {
-			return 0, err
-		}
-		all := struct{ start, length, minLength uint64 }{length: 1<<64 - 1} // struct fstrim_range, linux/fs.h
-		_, err = ioctl(fd, fiTrim, &all)
-		return int64(all.length), err
-	}, nil)
 }

@@ -33,7 +33,6 @@ func openMount(path string) (int, error) {
 const (
 	fiFreeze = 0xc0045877 // linux/fs.h: FIFREEZE _IOWR('X', 119, int)
 	fiThaw   = 0xc0045878 // linux/fs.h: FITHAW _IOWR('X', 120, int)
-	fiTrim   = 0xc0185879 // linux/fs.h: FITRIM _IOWR('X', 121, struct fstrim_range)
 
 	ext4Resize  = 0x40086610 // uapi/linux/ext4.h: EXT4_IOC_RESIZE_FS _IOW('f', 16, __u64)
 	xfsGeometry = 0x80705864 // fs/xfs/libxfs/xfs_fs.h: XFS_IOC_FSGEOMETRY_V1 _IOR('X', 100, struct xfs_fsop_geom_v1)

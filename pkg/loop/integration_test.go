@@ -184,8 +184,8 @@ func TestAReadOnlyDeviceRefusesWritesEvenWhenTheBlockLayerIsToldOtherwise(t *tes
 		t.Fatal(err)
 	}
 	if w, err := os.OpenFile(d.Path, os.O_WRONLY, 0); err == nil {
-		w.Write(random(MiB))
-		w.Sync()
+		_, _ = w.Write(random(MiB))
+		_ = w.Sync()
 		w.Close()
 	}
 	if got := read(t, file); !bytes.Equal(got, make([]byte, 16*MiB)) {

@@ -214,7 +214,7 @@ func (o operation) tearDown(w *world) {
 			continue
 		}
 		w.leave(name, w.id(name))
-		w.use(name, nil)
+		w.use(name, w.kinds[name])
 		w.holds(name, name)
 		last, err := records(w.Target(name) + "/writer")
 		w.must(err)

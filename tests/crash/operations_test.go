@@ -388,7 +388,11 @@ func (w *world) cut() {
 }
 
 // use stages and publishes a volume that may be staged and published already.
-func (w *world) use(name string, c *csi.VolumeCapability) { w.Use(name, w.id(name), c) }
+func (w *world) use(name string, c *csi.VolumeCapability) {
+	w.t.Helper()
+	w.kinds[name] = c
+	w.Use(name, w.id(name), c)
+}
 
 // rest makes a volume with data in it that is not in use.
 func (w *world) rest(name string, size int64, c *csi.VolumeCapability) {

@@ -39,7 +39,7 @@ type tracer struct {
 	pid     int
 	changes []string // all that were begun, in order; to be read after end
 
-	killed bool // to be read after end
+	killed atomic.Bool
 	stop   atomic.Bool
 	done   chan struct{}
 }
@@ -64,10 +64,18 @@ func launch(cmd *exec.Cmd, dir string, at point, family bool) (*tracer, error) {
 		if _, err := unix.Wait4(tr.pid, &status, 0, nil); err != nil { // stops at its execve(2)
 			return nil, err
 		}
-		if err := unix.PtraceSetOptions(tr.pid, traceOptions); err != nil {
+		// What is traced in that way begins new threads with a SIGSTOP, which
+		// would stop the whole process if the tracing ended just then. So it
+		// is let go of, standing still, and seized.
+		_, _, errno := unix.Syscall6(unix.SYS_PTRACE, unix.PTRACE_DETACH, uintptr(tr.pid), 0, uintptr(unix.SIGSTOP), 0, 0)
+		if errno != 0 {
+			return nil, errno
+		}
+		stopping, err := seize(tr.pid)
+		if err != nil {
 			return nil, err
 		}
-		return nil, unix.PtraceSyscall(tr.pid, 0)
+		return stopping, unix.Kill(tr.pid, unix.SIGCONT)
 	})
 }
 
@@ -193,7 +201,7 @@ func (tr *tracer) follow(pending map[int]bool, ready chan<- error) {
 			return
 		}
 		delete(pending, tid)
-		if tr.stop.Load() && !tr.killed {
+		if tr.stop.Load() && !tr.killed.Load() {
 			return
 		}
 		if !status.Stopped() {
@@ -204,7 +212,7 @@ func (tr *tracer) follow(pending map[int]bool, ready chan<- error) {
 		case event != 0: // PTRACE_EVENT_CLONE, PTRACE_EVENT_STOP
 		case status.StopSignal() == unix.SIGTRAP|0x80:
 			tr.syscall(tid)
-		case status.StopSignal() != unix.SIGSTOP: // with that a new thread begins
+		default:
 			signal = int(status.StopSignal())
 		}
 		_ = unix.PtraceSyscall(tid, signal) // ESRCH: it was killed
@@ -227,7 +235,7 @@ func (tr *tracer) syscall(tid int) {
 	const getSyscallInfo, entry = 0x420e, 1 // PTRACE_GET_SYSCALL_INFO, PTRACE_SYSCALL_INFO_ENTRY
 	var info syscallInfo
 	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, getSyscallInfo, uintptr(tid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
-	if errno != 0 || info.op != entry || tr.killed {
+	if errno != 0 || info.op != entry || tr.killed.Load() {
 		return
 	}
 	what, fd := tr.describe(&info)
@@ -245,7 +253,7 @@ func (tr *tracer) syscall(tid int) {
 // kill kills the process. A thread that is stopped as it enters a system call
 // does not make it any more.
 func (tr *tracer) kill() {
-	tr.killed = true
+	tr.killed.Store(true)
 	victims := []int{tr.pid}
 	if tr.family {
 		victims = append(victims, children(tr.pid)...)
@@ -321,9 +329,9 @@ func (tr *tracer) describe(info *syscallInfo) (what, fd string) {
 		name = "fallocate"
 	case unix.SYS_WRITE, unix.SYS_PWRITE64:
 		fd := tr.file(a[0])
-		for _, dir := range []string{tr.dir, "/sys/", "/dev/loop"} {
+		for _, dir := range []string{tr.dir + "/", "/sys/", "/dev/loop"} {
 			if strings.HasPrefix(fd, dir) {
-				return "write " + fd, ""
+				return "write " + strings.TrimPrefix(fd, tr.dir+"/"), ""
 			}
 		}
 		return "", fd
@@ -363,7 +371,7 @@ func (tr *tracer) describe(info *syscallInfo) (what, fd string) {
 	default:
 		return "", ""
 	}
-	return name + " " + tr.file(a[0]), ""
+	return name + " " + strings.TrimPrefix(tr.file(a[0]), tr.dir+"/"), ""
 }
 
 // file says what a descriptor of the process is.

@@ -45,13 +45,14 @@ type world struct {
 	*harness.Driver
 
 	t     *testing.T
-	at    string // what is being tried, for the failure
-	pool  string // the pool's directory
-	room  int64  // bytes that the pool can promise when it is empty
-	sums  map[string]string
-	live  map[string]*writer // by volume
-	floor int64              // records of the live source that the call must find
-	snap  string             // ID of the snapshot that all points share
+	at    string                           // what is being tried, for the failure
+	pool  string                           // the pool's directory
+	room  int64                            // bytes that the pool can promise when it is empty
+	kinds map[string]*csi.VolumeCapability // by volume, as the rest
+	sums  map[string]string                // of what note has written
+	live  map[string]*writer
+	floor int64  // records of the live source that the call must find
+	snap  string // ID of the snapshot that all points share
 }
 
 // newWorld starts a driver with a pool, and a bystander unless it would be in
@@ -61,8 +62,8 @@ func newWorld(t *testing.T, alone bool) *world {
 	d := harness.Start(t, harness.FilePool("4Gi"))
 	w := &world{
 		Driver: d, t: t, at: "setup",
-		pool: filepath.Join(d.Dir, "state", "mounts", "default"),
-		sums: map[string]string{}, live: map[string]*writer{},
+		pool:  filepath.Join(d.Dir, "state", "mounts", "default"),
+		kinds: map[string]*csi.VolumeCapability{}, sums: map[string]string{}, live: map[string]*writer{},
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -88,7 +89,7 @@ func (w *world) must(err error) {
 func (w *world) source(name string, size int64, c *csi.VolumeCapability) {
 	w.t.Helper()
 	w.Create(name, size, c)
-	w.Use(name, w.id(name), c)
+	w.use(name, c)
 	w.note(name)
 	w.live[name] = write(w.t, filepath.Join(w.Target(name), "writer"))
 }
@@ -242,8 +243,7 @@ type seen struct {
 func (w *world) look() seen {
 	w.t.Helper()
 	var s seen
-	s.problem(w.empty(".staging"))
-	s.problem(w.empty(".trash"))
+	s.problem(w.settle(func() bool { return false }))
 	w.lookAtPaths(&s)
 	devices := w.lookAtDevices(&s)
 	w.lookAtMounts(&s, devices)
@@ -274,16 +274,21 @@ func (s *seen) problem(err error) {
 	}
 }
 
-// empty waits until a directory of the pool is empty.
-func (w *world) empty(dir string) error {
+// settle waits until nothing is being made or freed in the pool, or until there
+// is no reason to wait.
+func (w *world) settle(enough func() bool) error {
 	for deadline := time.Now().Add(settled); ; time.Sleep(5 * time.Millisecond) {
-		entries, err := os.ReadDir(filepath.Join(w.pool, dir))
-		w.must(err)
-		if len(entries) == 0 {
+		var left []string
+		for _, dir := range []string{".staging", ".trash"} {
+			names, err := filepath.Glob(filepath.Join(w.pool, dir, "*"))
+			w.must(err)
+			left = append(left, names...)
+		}
+		if len(left) == 0 || enough() {
 			return nil
 		}
 		if time.Now().After(deadline) {
-			return fmt.Errorf("%s still has %s", dir, entries[0].Name())
+			return fmt.Errorf("not removed: %s", strings.Join(left, ", "))
 		}
 	}
 }
@@ -496,7 +501,7 @@ func (w *world) try(o operation, at point, family bool) (killed bool, changes []
 			return err
 		})
 		if err = w.Serves(); err == nil {
-			err = errors.Join(w.empty(".staging"), w.empty(".trash"))
+			err = w.settle(tr.killed.Load)
 		}
 	} else {
 		tr, err = attach(w.Pid(), w.Dir, at, family)
@@ -504,10 +509,10 @@ func (w *world) try(o operation, at point, family bool) (killed bool, changes []
 		err = o.call(w.Context(), w)
 	}
 	tr.end()
-	if tr.killed {
+	if tr.killed.Load() {
 		w.Kill()
 	} else {
 		w.must(err)
 	}
-	return tr.killed, tr.changes
+	return tr.killed.Load(), tr.changes
 }

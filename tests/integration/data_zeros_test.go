@@ -20,14 +20,15 @@ import (
 // blocks of what was deleted.
 var dataPools = []struct {
 	name  string
+	room  int64 // what a tenant fills, bytes
 	start func(t *testing.T) (d *harness.Driver, poolDir string)
 }{
-	{"file", func(t *testing.T) (*harness.Driver, string) {
-		d := harness.Start(t, harness.FilePool("384Mi"))
+	{"file", 320 * dataMiB, func(t *testing.T) (*harness.Driver, string) {
+		d := harness.Start(t, harness.FilePool("512Mi"))
 		return d, dataPool(d)
 	}},
-	{"directory on ext4", func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "ext4", 384) }},
-	{"directory on btrfs", func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "btrfs", 768) }},
+	{"directory on ext4", 208 * dataMiB, func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "ext4", 384) }},
+	{"directory on btrfs", 208 * dataMiB, func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "btrfs", 768) }},
 }
 
 // dataDirectory starts a driver with a pool in a directory of a disk of its own,
@@ -61,7 +62,7 @@ func TestDataOfADeletedVolumeIsNeverSeenAgain(t *testing.T) {
 					d.Delete(id)
 				}
 
-				tenant(208 * dataMiB)
+				tenant(p.room)
 				id := d.Create("new", 192*dataMiB, block, parameters).GetVolumeId()
 				target := d.Use("new", id, block)
 				if n := dataMustBeZero(t, target, 0); n != 192*dataMiB {
@@ -80,7 +81,7 @@ func TestDataOfADeletedVolumeIsNeverSeenAgain(t *testing.T) {
 				id = d.Create("small", 48*dataMiB, block, parameters).GetVolumeId()
 				target = d.Use("small", id, block)
 				sum := dataFill(t, target, 48*dataMiB)
-				tenant(160 * dataMiB)
+				tenant(p.room - 48*dataMiB)
 				dataMustBeFreed(t, poolDir)
 				dataGrow(t, d, id, target, "small", 96*dataMiB)
 				if n := dataMustBeZero(t, target, 48*dataMiB); n != 48*dataMiB {

@@ -161,8 +161,27 @@ func (e *Engine) Detach(ctx context.Context, name string, device pool.Device) er
 		case err != nil:
 			return fmt.Errorf("detaching volume %s: %w", name, err)
 		}
+		// What somebody wrote and left in the page cache of the device, the
+		// kernel has written to the image since, and no further.
+		if err := e.sync(path.Join(volumesDir, name, dataFile)); err != nil {
+			return fmt.Errorf("syncing volume %s: %w", name, err)
+		}
 	}
 	return nil
+}
+
+// sync brings an image to stable storage; one that is gone is not there to be
+// brought.
+func (e *Engine) sync(image string) error {
+	f, err := e.open(image, os.O_RDONLY)
+	if errors.Is(err, os.ErrNotExist) || errors.Is(err, pool.ErrDamaged) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return f.Sync()
 }
 
 // mustBeReleased asks the kernel whether a device is mounted or handed out

@@ -57,7 +57,7 @@ var directories = []string{volumesDir, snapshotsDir, stagingDir, trashDir}
 // in bytes. Larger means fewer extents, so that a snapshot of a volume that was
 // written at random stalls its writer for less long; smaller means that a thin
 // volume takes less space for small scattered writes.
-const extentHint = 64 << 10
+const extentHint = 128 << 10
 
 // Options is what an engine needs to know.
 type Options struct {

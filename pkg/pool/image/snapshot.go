@@ -160,6 +160,9 @@ func (e *Engine) take(ctx context.Context, dst *os.File, from *origin) (at time.
 
 func (e *Engine) read(ctx context.Context, dst *os.File, from *origin) (at time.Time, err error) {
 	src, err := e.open(path.Join(from.dir, dataFile), os.O_RDONLY)
+	if errors.Is(err, fs.ErrNotExist) {
+		return time.Time{}, pool.Errorf(pool.ErrDamaged, "the source's image is missing: %w", err)
+	}
 	if err != nil {
 		return time.Time{}, err
 	}

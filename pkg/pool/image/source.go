@@ -261,7 +261,7 @@ func checkDevice(ctx context.Context, o Options, path string) (disk, error) {
 	const field = "source.device"
 	resolved, err := filepath.EvalSymlinks(path)
 	if err != nil {
-		return disk{}, pool.Errorf(pool.ErrPrecondition, "%s: %w", field, err)
+		return disk{}, pool.Errorf(pool.ErrPrecondition, "%s: %s: %w", field, path, err)
 	}
 	var st unix.Stat_t
 	if err := unix.Stat(resolved, &st); err != nil {

@@ -1,15 +1,11 @@
 package main
 
 import (
-	"flag"
+	"context"
 	"fmt"
-	"log/slog"
 	"os"
-	"strconv"
-	"time"
 
 	"github.com/spf13/cobra"
-	"k8s.io/klog/v2"
 
 	"github.com/orlop-csi/orlop/pkg/driver"
 )
@@ -57,9 +53,8 @@ const standaloneExample = `  mkdir -p /etc/orlop /run/orlop
 
 func newStandalone() *cobra.Command {
 	var (
-		o         driver.Options
-		verbosity uint8
-		format    string
+		o driver.Options
+		l logging
 	)
 	c := &cobra.Command{
 		Use:     "standalone --config FILE",
@@ -67,70 +62,43 @@ func newStandalone() *cobra.Command {
 		Long:    standaloneLong,
 		Example: standaloneExample,
 		Args:    cobra.NoArgs,
-		RunE: func(c *cobra.Command, _ []string) error {
-			if o.NodeID == "" {
-				host, err := os.Hostname()
-				if err != nil {
-					return asFailure(fmt.Errorf("--node-id: %w", err))
-				}
-				o.NodeID = host
-			}
-			o.Version = buildOf().Version
-			if err := o.Validate(); err != nil {
-				return err
-			}
-			if err := logTo(format, int(verbosity)); err != nil {
-				return err
-			}
-			return asFailure(driver.Standalone(c.Context(), o))
-		},
+		RunE:    func(c *cobra.Command, _ []string) error { return serveNode(c.Context(), o, l) },
 	}
+	nodeFlags(c, &o)
+	processFlags(c, &o.MetricsAddress, &o.ShutdownTimeout, &l)
+	return c
+}
+
+// serveNode runs a driver for the pools of this machine.
+func serveNode(ctx context.Context, o driver.Options, l logging) error {
+	if o.NodeID == "" {
+		host, err := os.Hostname()
+		if err != nil {
+			return asFailure(fmt.Errorf("--node-id: %w", err))
+		}
+		o.NodeID = host
+	}
+	o.Version = buildOf().Version
+	if err := o.Validate(); err != nil {
+		return err
+	}
+	if err := l.begin(); err != nil {
+		return err
+	}
+	return asFailure(driver.Standalone(ctx, o))
+}
+
+// nodeFlags are the flags of a driver that has pools.
+func nodeFlags(c *cobra.Command, o *driver.Options) {
 	f := c.Flags()
 	f.SortFlags = false
 	f.StringVar(&o.ConfigFile, "config", "",
 		"`file` in YAML that names the pools; required. Example: /etc/orlop/config.yaml")
-	f.StringVar(&o.Endpoint, "endpoint", "unix:///run/orlop/csi.sock",
-		"`address` of the unix socket for CSI calls. Its directory must be there; a socket that a dead driver left is replaced, one that is served is refused")
+	endpointFlag(c, &o.Endpoint)
 	f.StringVar(&o.NodeID, "node-id", "",
 		"`name` of this machine, unique in the cluster: in Kubernetes, the name of the node. It becomes part of the IDs of new volumes; older ones keep theirs (default: the host's name)")
 	f.StringVar(&o.StateDir, "state-dir", "/var/lib/orlop",
 		"`directory` where the driver mounts its pools and notes which it has had. It holds no volume's data. It is made if its parent is there")
-	f.StringVar(&o.MetricsAddress, "metrics-address", "127.0.0.1:9809",
-		"`host:port` that serves Prometheus metrics at /metrics, and at /healthz whether the driver is ready. It has no access control. Give \"\" to turn it off")
-	f.DurationVar(&o.ShutdownTimeout, "shutdown-timeout", 30*time.Second,
-		"`time` that calls in flight have for finishing after SIGTERM before they are cut off; the orchestrator can repeat those. Example: 2m")
-	f.StringVar(&format, "log-format", "text",
-		"`format` of the log on standard error: text, or json with one object in each line")
-	f.Uint8VarP(&verbosity, "v", "v", 0,
-		"`level` of detail of the log. 0: one line for each call that changes something or fails. 4: also those that orchestrators repeat all day. 5: also requests in full, without secrets")
 	mustComplete(c.MarkFlagFilename("config", "yaml", "yml"))
 	mustComplete(c.MarkFlagDirname("state-dir"))
-	mustComplete(c.RegisterFlagCompletionFunc("log-format", cobra.FixedCompletions([]string{"text", "json"}, cobra.ShellCompDirectiveNoFileComp)))
-	return c
-}
-
-// mustComplete is for what fails only if a flag's name is misspelt.
-func mustComplete(err error) {
-	if err != nil {
-		panic(err)
-	}
-}
-
-// logTo sets the log up, on standard error.
-func logTo(format string, verbosity int) error {
-	var flags flag.FlagSet
-	klog.InitFlags(&flags)
-	if err := flags.Set("v", strconv.Itoa(verbosity)); err != nil {
-		return err
-	}
-	switch format {
-	case "text":
-	case "json":
-		// klog's verbosity n is slog's level -n.
-		level := slog.Level(-verbosity)
-		klog.SetSlogLogger(slog.New(slog.NewJSONHandler(os.Stderr, &slog.HandlerOptions{Level: level})))
-	default:
-		return fmt.Errorf("--log-format: %q is neither text nor json", format)
-	}
-	return nil
 }

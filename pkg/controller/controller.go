@@ -90,13 +90,18 @@ func (s *Server) topology() []*csi.Topology {
 
 // ControllerGetCapabilities implements csi.ControllerServer.
 func (s *Server) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {
+	return Capabilities(), nil
+}
+
+// Capabilities is what the service can do.
+func Capabilities() *csi.ControllerGetCapabilitiesResponse {
 	response := &csi.ControllerGetCapabilitiesResponse{}
 	for _, c := range capabilities {
 		response.Capabilities = append(response.Capabilities, &csi.ControllerServiceCapability{
 			Type: &csi.ControllerServiceCapability_Rpc{Rpc: &csi.ControllerServiceCapability_RPC{Type: c}},
 		})
 	}
-	return response, nil
+	return response
 }
 
 // required refuses a request that lacks a field.

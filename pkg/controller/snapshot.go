@@ -25,6 +25,7 @@ func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotReques
 	if !request.Reachable(r.GetAccessibilityRequirements(), s.segment) {
 		return nil, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements do not allow node %s, where the volume is", s.segment)
 	}
+	existingOnly := request.ExistingOnly(ctx)
 	name := pool.NameFor(r.GetName())
 	end, err := s.pools.BeginSnapshot(name, pool.Create)
 	if err != nil {
@@ -32,7 +33,7 @@ func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotReques
 	}
 	snapshot, err := finish(ctx, s, func(ctx context.Context) (pool.Snapshot, error) {
 		defer end()
-		return s.snap(ctx, r.GetName(), r.GetSourceVolumeId())
+		return s.snap(ctx, r.GetName(), r.GetSourceVolumeId(), existingOnly)
 	})
 	if err != nil {
 		return nil, err
@@ -57,13 +58,13 @@ func (s *Server) alreadyKnown(t *csi.TopologyRequirement) bool {
 	return len(t.GetRequisite()) > 0
 }
 
-// snap finds the snapshot of that name, or makes it.
-func (s *Server) snap(ctx context.Context, requestName, volumeID string) (pool.Snapshot, error) {
+// snap finds the snapshot of that name, or makes it unless existingOnly.
+func (s *Server) snap(ctx context.Context, requestName, volumeID string, existingOnly bool) (pool.Snapshot, error) {
 	_, existing, err := s.pools.SnapshotNamed(requestName)
 	switch {
 	case err == nil && (existing.SourceID != volumeID || existing.RequestName != requestName):
 		return pool.Snapshot{}, pool.Errorf(pool.ErrExists, "snapshot %s exists, of volume %s", existing.ID, existing.SourceID)
-	case err == nil || !errors.Is(err, pool.ErrNotFound):
+	case err == nil || existingOnly || !errors.Is(err, pool.ErrNotFound):
 		return existing, err
 	}
 	engine, v, release, err := s.holdSource(volumeID)

@@ -43,13 +43,14 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 		return nil, pool.Errorf(pool.ErrInvalid, "volume_content_source names neither a snapshot nor a volume")
 	}
 
+	existingOnly := request.ExistingOnly(ctx)
 	end, err := s.pools.BeginNamed(r.GetName(), pool.Create)
 	if err != nil {
 		return nil, err
 	}
 	v, err := finish(ctx, s, func(ctx context.Context) (pool.Volume, error) {
 		defer end()
-		engine, fallback, release, err := s.place(r.GetName(), parameters.Pool, source)
+		engine, fallback, release, err := s.place(r.GetName(), parameters.Pool, source, existingOnly)
 		if err != nil {
 			return pool.Volume{}, err
 		}
@@ -78,8 +79,9 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 // place finds the pool for a new volume: the one that has a volume of that name
 // already, else that of its source, else the one that the parameters name. The
 // source is held against deletion until release. fallback is the size of the
-// volume if none is asked for.
-func (s *Server) place(requestName, poolName string, source pool.Source) (engine pool.Engine, fallback int64, release func(), err error) {
+// volume if none is asked for. With existingOnly, a volume of that name must be
+// there.
+func (s *Server) place(requestName, poolName string, source pool.Source, existingOnly bool) (engine pool.Engine, fallback int64, release func(), err error) {
 	release = func() {}
 	engine, existing, err := s.pools.VolumeNamed(requestName)
 	switch {
@@ -87,7 +89,7 @@ func (s *Server) place(requestName, poolName string, source pool.Source) (engine
 		return nil, 0, nil, pool.Errorf(pool.ErrExists, "volume %s exists in pool %s", existing.ID, engine.Info().Name)
 	case err == nil:
 		return engine, min(existing.Size, request.DefaultSize), release, nil
-	case !errors.Is(err, pool.ErrNotFound):
+	case existingOnly || !errors.Is(err, pool.ErrNotFound):
 		return nil, 0, nil, err
 	}
 	switch {

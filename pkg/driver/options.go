@@ -28,12 +28,17 @@ type Options struct {
 	MetricsAddress string
 	// ShutdownTimeout is how long calls in flight may take at the end.
 	ShutdownTimeout time.Duration
+	// PeerAddress is the TCP address at which the router calls this node; none
+	// is that there is no router.
+	PeerAddress string
+	// TLSDir has the credentials for that; see package peer.
+	TLSDir string
 }
 
 // Validate checks what the flags alone can tell. The error names the flag.
 func (o Options) Validate() error {
-	if _, err := socketPath(o.Endpoint); err != nil {
-		return fmt.Errorf("--endpoint: %w", err)
+	if err := validateProcess(o.Endpoint, o.MetricsAddress, o.ShutdownTimeout); err != nil {
+		return err
 	}
 	if _, err := pool.NodeSegment(o.NodeID); err != nil {
 		return fmt.Errorf("--node-id: %w", err)
@@ -47,13 +52,60 @@ func (o Options) Validate() error {
 	if !filepath.IsAbs(o.StateDir) {
 		return fmt.Errorf("--state-dir: %q is not an absolute path", o.StateDir)
 	}
-	if o.MetricsAddress != "" {
-		if _, _, err := net.SplitHostPort(o.MetricsAddress); err != nil {
+	if o.PeerAddress != "" {
+		if _, _, err := net.SplitHostPort(o.PeerAddress); err != nil {
+			return fmt.Errorf("--peer-address: %w; give host:port", err)
+		}
+	}
+	return nil
+}
+
+// RouterOptions is what a router process is told by its flags.
+type RouterOptions struct {
+	// Version, Endpoint, MetricsAddress and ShutdownTimeout are as in Options.
+	Version         string
+	Endpoint        string
+	MetricsAddress  string
+	ShutdownTimeout time.Duration
+	// TLSDir has the router's credentials; see package peer.
+	TLSDir string
+	// Nodes is the nodes, by name, and their peer addresses.
+	Nodes map[string]string
+}
+
+// Validate checks what the flags alone can tell. The error names the flag.
+func (o RouterOptions) Validate() error {
+	if err := validateProcess(o.Endpoint, o.MetricsAddress, o.ShutdownTimeout); err != nil {
+		return err
+	}
+	if o.TLSDir == "" {
+		return errors.New("--tls-dir: must name the directory of the credentials")
+	}
+	if len(o.Nodes) == 0 {
+		return errors.New("--node: must name at least one node, as name=host:port")
+	}
+	for name, address := range o.Nodes {
+		if _, err := pool.NodeSegment(name); err != nil {
+			return fmt.Errorf("--node: %w", err)
+		}
+		if _, _, err := net.SplitHostPort(address); err != nil {
+			return fmt.Errorf("--node %s: %w; give name=host:port", name, err)
+		}
+	}
+	return nil
+}
+
+func validateProcess(endpoint, metricsAddress string, shutdownTimeout time.Duration) error {
+	if _, err := socketPath(endpoint); err != nil {
+		return fmt.Errorf("--endpoint: %w", err)
+	}
+	if metricsAddress != "" {
+		if _, _, err := net.SplitHostPort(metricsAddress); err != nil {
 			return fmt.Errorf("--metrics-address: %w; give host:port, or nothing to turn it off", err)
 		}
 	}
-	if o.ShutdownTimeout < 0 {
-		return fmt.Errorf("--shutdown-timeout: %s is negative", o.ShutdownTimeout)
+	if shutdownTimeout < 0 {
+		return fmt.Errorf("--shutdown-timeout: %s is negative", shutdownTimeout)
 	}
 	return nil
 }

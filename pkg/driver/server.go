@@ -72,14 +72,14 @@ type calls struct {
 
 // newCalls makes a server whose every call passes the edge. Services can be
 // registered with it until it serves.
-func newCalls(listener net.Listener, metrics *callMetrics, ready *readiness, drain time.Duration) *calls {
+func newCalls(listener net.Listener, metrics *callMetrics, ready *readiness, drain time.Duration, more ...grpc.ServerOption) *calls {
 	e := &edge{metrics: metrics}
 	return &calls{
-		server: grpc.NewServer(
+		server: grpc.NewServer(append(more,
 			grpc.UnaryInterceptor(e.unary),
 			grpc.StreamInterceptor(e.stream),
 			grpc.ConnectionTimeout(handshake),
-		),
+		)...),
 		edge:     e,
 		listener: listener,
 		ready:    ready,

@@ -11,11 +11,14 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/prometheus/client_golang/prometheus"
+	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials"
 	"k8s.io/klog/v2"
 
 	"github.com/orlop-csi/orlop/pkg/config"
 	"github.com/orlop-csi/orlop/pkg/controller"
 	"github.com/orlop-csi/orlop/pkg/node"
+	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/pool/image"
 )
@@ -27,6 +30,7 @@ type standalone struct {
 	registry *prometheus.Registry
 	ready    readiness
 	calls    *calls
+	peer     *calls // for the router; nil if there is none
 }
 
 // Standalone serves every CSI service for the pools of one machine, until ctx is
@@ -48,6 +52,13 @@ func Standalone(ctx context.Context, o Options) error {
 	registry, metrics := newRegistry(o.Version)
 	s := &standalone{options: o, config: c, registry: registry}
 	s.calls = newCalls(socket, metrics, &s.ready, o.ShutdownTimeout)
+	if o.PeerAddress != "" {
+		l, err := s.listenForRouter(ctx, metrics)
+		if err != nil {
+			return err
+		}
+		defer l.Close()
+	}
 	var parts []part
 	if o.MetricsAddress != "" {
 		l, err := net.Listen("tcp", o.MetricsAddress)
@@ -68,7 +79,7 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	defer func() {
 		// A call that was cut off and goes on regardless must not find its
 		// pool closed; the end of the process is near.
-		if s.calls.edge.inFlight.Load() > 0 {
+		if s.calls.edge.inFlight.Load() > 0 || s.peer != nil && s.peer.edge.inFlight.Load() > 0 {
 			return
 		}
 		for _, e := range slices.Backward(engines) {
@@ -100,6 +111,11 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	csi.RegisterIdentityServer(s.calls.server, &identity{version: s.options.Version, ready: &s.ready})
 	csi.RegisterControllerServer(s.calls.server, controllerService)
 	csi.RegisterNodeServer(s.calls.server, nodeService)
+	serve := []part{s.calls.serve}
+	if s.peer != nil { // what a router needs, and no more
+		csi.RegisterControllerServer(s.peer.server, controllerService)
+		serve = append(serve, s.peer.serve)
+	}
 
 	collector := poolCollector[pool.Engine](engines)
 	s.registry.MustRegister(collector)
@@ -111,8 +127,25 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 		klog.InfoS("Pool", "pool", info.Name, "id", info.ID, "reflink", info.Reflink,
 			"volumes", counts.Volumes, "snapshots", counts.Snapshots, "damaged", counts.Damaged)
 	}
-	klog.InfoS("Serving", "version", s.options.Version, "node", s.options.NodeID, "endpoint", s.options.Endpoint, "metrics", s.options.MetricsAddress)
-	return s.calls.serve(ctx)
+	klog.InfoS("Serving", "version", s.options.Version, "node", s.options.NodeID, "endpoint", s.options.Endpoint, "metrics", s.options.MetricsAddress, "peer", s.options.PeerAddress)
+	return run(ctx, serve...)
+}
+
+// listenForRouter opens the port on which the router, and nobody else, can call
+// this node.
+func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) (net.Listener, error) {
+	own, err := peer.Load(s.options.TLSDir)
+	if err != nil {
+		return nil, fmt.Errorf("--tls-dir: %w", err)
+	}
+	var config net.ListenConfig
+	l, err := config.Listen(ctx, "tcp", s.options.PeerAddress)
+	if err != nil {
+		return nil, fmt.Errorf("--peer-address: %w", err)
+	}
+	s.options.PeerAddress = l.Addr().String() // with the port, where 0 asked for any
+	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, grpc.Creds(credentials.NewTLS(own.Server())))
+	return l, nil
 }
 
 // openPools opens the pools in turn. Those that it has opened it gives even when

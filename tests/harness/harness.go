@@ -42,7 +42,9 @@ type Driver struct {
 	Dir    string // everything of this driver is in it
 	Config string // path of the configuration file
 	Socket string
-	Args   []string // more arguments for standalone
+	Args   []string // more arguments
+	Mode   string   // the driver's command; standalone unless changed
+	Node   string   // its name; NodeID unless changed
 
 	t       testing.TB
 	binary  string
@@ -107,6 +109,8 @@ func New(t testing.TB, config string) *Driver {
 		Dir:    dir,
 		Config: filepath.Join(dir, "config.yaml"),
 		Socket: filepath.Join(dir, "csi.sock"),
+		Mode:   "standalone",
+		Node:   NodeID,
 		t:      t,
 		binary: Binary(t),
 		log:    &lockedBuffer{},
@@ -159,15 +163,11 @@ func (d *Driver) Configure(config string) {
 
 // Command is the driver's command, not started.
 func (d *Driver) Command() *exec.Cmd {
-	args := append([]string{
-		"standalone",
-		"--endpoint", "unix://" + d.Socket,
-		"--node-id", NodeID,
-		"--config", d.Config,
-		"--state-dir", filepath.Join(d.Dir, "state"),
-		"--metrics-address", "",
-		"-v", "4",
-	}, d.Args...)
+	args := []string{d.Mode, "--endpoint", "unix://" + d.Socket, "--metrics-address", "", "-v", "4"}
+	if d.Mode != "controller" {
+		args = append(args, "--node-id", d.Node, "--config", d.Config, "--state-dir", filepath.Join(d.Dir, "state"))
+	}
+	args = append(args, d.Args...)
 	cmd := exec.Command(d.binary, args...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	// The race detector lets a process linger for a second when it ends.

@@ -13,11 +13,14 @@ import (
 	"github.com/orlop-csi/orlop/pkg/request"
 )
 
+// reader reads one page of one node's list.
+type reader[T any] func(ctx context.Context, m member, most int32, token string) (entries []T, next string, err error)
+
 // list pages through the nodes one after the other. A token is a node's segment
 // and that node's own token, so that it stays good when nodes and volumes come
 // and go. A node that does not answer is an error that names it: a list that
 // leaves something out without a word is worse than none.
-func list[T any](ctx context.Context, f *fleet, most int32, token string, read func(ctx context.Context, m member, most int32, token string) (entries []T, next string, err error)) (page []T, next string, err error) {
+func list[T any](ctx context.Context, f *fleet, most int32, token string, read reader[T]) (page []T, next string, err error) {
 	if most < 0 {
 		return nil, "", pool.Errorf(pool.ErrInvalid, "max_entries %d is negative", most)
 	}
@@ -30,7 +33,8 @@ func list[T any](ctx context.Context, f *fleet, most int32, token string, read f
 		return nil, "", err
 	}
 	if most == 0 && token == "" {
-		return listAll(ctx, members, read)
+		page, err = listAll(ctx, members, read)
+		return page, "", err
 	}
 	for _, m := range members {
 		if m.Segment < from {
@@ -58,17 +62,17 @@ func list[T any](ctx context.Context, f *fleet, most int32, token string, read f
 }
 
 // listAll reads all nodes at once.
-func listAll[T any](ctx context.Context, members []member, read func(ctx context.Context, m member, most int32, token string) (entries []T, next string, err error)) (page []T, next string, err error) {
+func listAll[T any](ctx context.Context, members []member, read reader[T]) (all []T, err error) {
 	for _, a := range ask(ctx, members, func(ctx context.Context, m member) ([]T, error) {
 		entries, _, err := read(ctx, m, 0, "")
 		return entries, err
 	}) {
 		if a.err != nil {
-			return nil, "", a.err
+			return nil, a.err
 		}
-		page = append(page, a.value...)
+		all = append(all, a.value...)
 	}
-	return page, "", nil
+	return all, nil
 }
 
 func makeToken(segment, nodeToken string) string {
@@ -143,7 +147,8 @@ func (s *Server) GetCapacity(ctx context.Context, r *csi.GetCapacityRequest) (*c
 			wanted = append(wanted, m)
 		}
 	}
-	total := &csi.GetCapacityResponse{MaximumVolumeSize: wrapperspb.Int64(0)}
+	total := &csi.GetCapacityResponse{}
+	var largest int64
 	for _, a := range ask(ctx, wanted, func(ctx context.Context, m member) (*csi.GetCapacityResponse, error) {
 		return m.GetCapacity(ctx, r)
 	}) {
@@ -151,8 +156,9 @@ func (s *Server) GetCapacity(ctx context.Context, r *csi.GetCapacityRequest) (*c
 			return nil, a.err
 		}
 		total.AvailableCapacity += a.value.GetAvailableCapacity()
-		total.MaximumVolumeSize.Value = max(total.MaximumVolumeSize.Value, a.value.GetMaximumVolumeSize().GetValue())
+		largest = max(largest, a.value.GetMaximumVolumeSize().GetValue())
 		total.MinimumVolumeSize = a.value.GetMinimumVolumeSize()
 	}
+	total.MaximumVolumeSize = wrapperspb.Int64(largest)
 	return total, nil
 }

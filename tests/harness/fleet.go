@@ -53,7 +53,7 @@ func (f *Fleet) Route(nodes ...*Driver) {
 			}
 		}
 	}
-	f.Driver.Start()
+	f.Start()
 }
 
 // freeAddress finds a port that nobody listens at.

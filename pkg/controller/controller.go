@@ -103,11 +103,3 @@ func Capabilities() *csi.ControllerGetCapabilitiesResponse {
 	}
 	return response
 }
-
-// required refuses a request that lacks a field.
-func required(field, value string) error {
-	if value == "" {
-		return pool.Errorf(pool.ErrInvalid, "%s is missing", field)
-	}
-	return nil
-}

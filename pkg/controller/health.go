@@ -10,7 +10,7 @@ import (
 
 // ControllerGetVolumeHealth implements csi.ControllerServer.
 func (s *Server) ControllerGetVolumeHealth(ctx context.Context, r *csi.ControllerGetVolumeHealthRequest) (*csi.ControllerGetVolumeHealthResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	conditions, err := s.pools.VolumeHealth(ctx, r.GetVolumeId())

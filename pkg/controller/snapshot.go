@@ -13,10 +13,10 @@ import (
 
 // CreateSnapshot implements csi.ControllerServer.
 func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
-	if err := required("name", r.GetName()); err != nil {
+	if err := request.Required("name", r.GetName()); err != nil {
 		return nil, err
 	}
-	if err := required("source_volume_id", r.GetSourceVolumeId()); err != nil {
+	if err := request.Required("source_volume_id", r.GetSourceVolumeId()); err != nil {
 		return nil, err
 	}
 	if err := request.ParseSnapshotParameters(r.GetParameters()); err != nil {
@@ -77,7 +77,7 @@ func (s *Server) snap(ctx context.Context, requestName, volumeID string, existin
 
 // DeleteSnapshot implements csi.ControllerServer.
 func (s *Server) DeleteSnapshot(ctx context.Context, r *csi.DeleteSnapshotRequest) (*csi.DeleteSnapshotResponse, error) {
-	if err := required("snapshot_id", r.GetSnapshotId()); err != nil {
+	if err := request.Required("snapshot_id", r.GetSnapshotId()); err != nil {
 		return nil, err
 	}
 	end, err := s.holdSnapshot(r.GetSnapshotId(), pool.Delete)
@@ -112,7 +112,7 @@ func (s *Server) holdSnapshot(id string, op pool.Operation) (end func(), err err
 
 // GetSnapshot implements csi.ControllerServer.
 func (s *Server) GetSnapshot(_ context.Context, r *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
-	if err := required("snapshot_id", r.GetSnapshotId()); err != nil {
+	if err := request.Required("snapshot_id", r.GetSnapshotId()); err != nil {
 		return nil, err
 	}
 	_, snapshot, err := s.pools.Snapshot(r.GetSnapshotId())

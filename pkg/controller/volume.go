@@ -14,7 +14,7 @@ import (
 
 // CreateVolume implements csi.ControllerServer.
 func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
-	if err := required("name", r.GetName()); err != nil {
+	if err := request.Required("name", r.GetName()); err != nil {
 		return nil, err
 	}
 	capability, err := request.ParseCapabilities(r.GetVolumeCapabilities())
@@ -144,7 +144,7 @@ func (s *Server) holdSource(id string) (pool.Engine, pool.Volume, func(), error)
 
 // DeleteVolume implements csi.ControllerServer.
 func (s *Server) DeleteVolume(ctx context.Context, r *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	end, err := s.pools.Begin(r.GetVolumeId(), pool.Delete)
@@ -168,7 +168,7 @@ func (s *Server) DeleteVolume(ctx context.Context, r *csi.DeleteVolumeRequest) (
 // ControllerExpandVolume implements csi.ControllerServer. The node completes
 // it: the device and the filesystem follow there, online.
 func (s *Server) ControllerExpandVolume(ctx context.Context, r *csi.ControllerExpandVolumeRequest) (*csi.ControllerExpandVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if r.GetCapacityRange() == nil {
@@ -184,7 +184,7 @@ func (s *Server) ControllerExpandVolume(ctx context.Context, r *csi.ControllerEx
 		return nil, err
 	}
 	if c := r.GetVolumeCapability(); c != nil {
-		if err := mustSuit(v, c); err != nil {
+		if _, err := request.Suit(v, c); err != nil {
 			return nil, err
 		}
 	}
@@ -201,24 +201,9 @@ func (s *Server) ControllerExpandVolume(ctx context.Context, r *csi.ControllerEx
 	return &csi.ControllerExpandVolumeResponse{CapacityBytes: v.Size, NodeExpansionRequired: true}, nil
 }
 
-// mustSuit refuses a capability that a volume was not made for.
-func mustSuit(v pool.Volume, c *csi.VolumeCapability) error {
-	wanted, err := request.ParseCapability(c)
-	if err != nil {
-		return err
-	}
-	if wanted.Access != v.Access {
-		return pool.Errorf(pool.ErrInvalid, "volume %s was made for %s access, not for %s", v.ID, v.Access, wanted.Access)
-	}
-	if fsType := c.GetMount().GetFsType(); fsType != "" && fsType != v.Filesystem {
-		return pool.Errorf(pool.ErrInvalid, "volume %s has %s, not %s", v.ID, v.Filesystem, fsType)
-	}
-	return nil
-}
-
 // ValidateVolumeCapabilities implements csi.ControllerServer.
 func (s *Server) ValidateVolumeCapabilities(_ context.Context, r *csi.ValidateVolumeCapabilitiesRequest) (*csi.ValidateVolumeCapabilitiesResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	if len(r.GetVolumeCapabilities()) == 0 {
@@ -229,7 +214,7 @@ func (s *Server) ValidateVolumeCapabilities(_ context.Context, r *csi.ValidateVo
 		return nil, err
 	}
 	for _, c := range r.GetVolumeCapabilities() {
-		if err := mustSuit(v, c); err != nil {
+		if _, err := request.Suit(v, c); err != nil {
 			return &csi.ValidateVolumeCapabilitiesResponse{Message: request.Brief(err.Error())}, nil
 		}
 	}
@@ -245,7 +230,7 @@ func (s *Server) ValidateVolumeCapabilities(_ context.Context, r *csi.ValidateVo
 
 // ControllerGetVolume implements csi.ControllerServer.
 func (s *Server) ControllerGetVolume(_ context.Context, r *csi.ControllerGetVolumeRequest) (*csi.ControllerGetVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	_, v, err := s.pools.Volume(r.GetVolumeId())

@@ -18,10 +18,10 @@ import (
 // locate finds a volume and its uses at a path; that there are none is
 // pool.ErrNotFound.
 func (s *Server) locate(volumeID, field, path string) (pool.Engine, pool.Volume, []use, error) {
-	if err := required("volume_id", volumeID); err != nil {
+	if err := request.Required("volume_id", volumeID); err != nil {
 		return nil, pool.Volume{}, nil, err
 	}
-	if err := required(field, path); err != nil {
+	if err := request.Required(field, path); err != nil {
 		return nil, pool.Volume{}, nil, err
 	}
 	engine, v, err := s.pools.Volume(volumeID)
@@ -47,7 +47,7 @@ func (s *Server) locate(volumeID, field, path string) (pool.Engine, pool.Volume,
 // NodeExpandVolume implements csi.NodeServer: the device and the filesystem
 // follow the size that ControllerExpandVolume gave the volume.
 func (s *Server) NodeExpandVolume(ctx context.Context, r *csi.NodeExpandVolumeRequest) (*csi.NodeExpandVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	end, err := s.pools.Begin(r.GetVolumeId(), pool.Grow)
@@ -141,7 +141,7 @@ func (s *Server) NodeGetVolumeStats(ctx context.Context, r *csi.NodeGetVolumeSta
 // NodeGetVolumeHealth implements csi.NodeServer: what is wrong with the volume
 // in its pool, and with its filesystem where it is mounted.
 func (s *Server) NodeGetVolumeHealth(ctx context.Context, r *csi.NodeGetVolumeHealthRequest) (*csi.NodeGetVolumeHealthResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	conditions, err := s.pools.VolumeHealth(ctx, r.GetVolumeId())

@@ -72,19 +72,11 @@ func (s *Server) NodeGetInfo(context.Context, *csi.NodeGetInfoRequest) (*csi.Nod
 	}, nil
 }
 
-// required refuses a request that lacks a field.
-func required(field, value string) error {
-	if value == "" {
-		return pool.Errorf(pool.ErrInvalid, "%s is missing", field)
-	}
-	return nil
-}
-
 // resolve checks a path that the orchestrator gave and brings it to the form
 // that the kernel's mount table has: its parent's links followed, itself not
 // one. If the parent does not exist, the error is fs.ErrNotExist.
 func resolve(field, path string) (string, error) {
-	if err := required(field, path); err != nil {
+	if err := request.Required(field, path); err != nil {
 		return "", err
 	}
 	switch {

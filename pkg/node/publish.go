@@ -10,12 +10,13 @@ import (
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/request"
 )
 
 // NodePublishVolume implements csi.NodeServer: it binds the staged filesystem,
 // or the device, to the target path.
 func (s *Server) NodePublishVolume(ctx context.Context, r *csi.NodePublishVolumeRequest) (*csi.NodePublishVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	target, err := resolve("target_path", r.GetTargetPath())
@@ -160,7 +161,7 @@ func (p publication) makeTarget() (made bool, err error) {
 // NodeUnpublishVolume implements csi.NodeServer. The end of an inline volume's
 // publication is the end of the volume.
 func (s *Server) NodeUnpublishVolume(ctx context.Context, r *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	target, err := resolve("target_path", r.GetTargetPath())

@@ -24,7 +24,7 @@ const toolLimit = 10 * time.Minute
 // filesystem access makes its filesystem if it has none yet, mounts it at the
 // staging path and lets it span the volume.
 func (s *Server) NodeStageVolume(ctx context.Context, r *csi.NodeStageVolumeRequest) (*csi.NodeStageVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	staging, err := resolve("staging_target_path", r.GetStagingTargetPath())
@@ -62,18 +62,12 @@ func asPrecondition(err error) error {
 	return err
 }
 
-// suit refuses a capability that the volume was not made for. To the node that
-// is a precondition (CSI spec, NodeStageVolume errors).
+// suit checks a capability for a volume. To the node, one that the volume was
+// not made for is a precondition (CSI spec, NodeStageVolume errors).
 func suit(v pool.Volume, c *csi.VolumeCapability) (request.Capability, error) {
-	capability, err := request.ParseCapability(c)
+	capability, err := request.Suit(v, c)
 	if err != nil {
 		return capability, pool.Errorf(pool.ErrPrecondition, "%w", err)
-	}
-	if capability.Access != v.Access {
-		return capability, pool.Errorf(pool.ErrPrecondition, "volume %s was made for %s access, not for %s", v.ID, v.Access, capability.Access)
-	}
-	if fsType := c.GetMount().GetFsType(); fsType != "" && fsType != v.Filesystem {
-		return capability, pool.Errorf(pool.ErrPrecondition, "volume %s has %s, not %s", v.ID, v.Filesystem, fsType)
 	}
 	return capability, nil
 }
@@ -260,7 +254,7 @@ func mustHave(device string, v pool.Volume) error {
 
 // NodeUnstageVolume implements csi.NodeServer.
 func (s *Server) NodeUnstageVolume(ctx context.Context, r *csi.NodeUnstageVolumeRequest) (*csi.NodeUnstageVolumeResponse, error) {
-	if err := required("volume_id", r.GetVolumeId()); err != nil {
+	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
 	staging, err := resolve("staging_target_path", r.GetStagingTargetPath())

@@ -23,6 +23,14 @@ const TopologyKey = "topology.csi.orlop.dev/node"
 // DefaultSize is the size of a volume for which none was asked, in bytes.
 const DefaultSize = 1 << 30
 
+// Required refuses a request that lacks a field.
+func Required(field, value string) error {
+	if value == "" {
+		return pool.Errorf(pool.ErrInvalid, "%s is missing", field)
+	}
+	return nil
+}
+
 // Capability is how a volume is to be used.
 type Capability struct {
 	Access     pool.Access
@@ -110,6 +118,22 @@ func ParseCapabilities(list []*csi.VolumeCapability) (Capability, error) {
 
 // agree reports whether two names of filesystems are the same, or one is none.
 func agree(a, b filesystem.Type) bool { return a == "" || b == "" || a == b }
+
+// Suit checks one capability for a volume that exists: it must be what the
+// volume was made for.
+func Suit(v pool.Volume, c *csi.VolumeCapability) (Capability, error) {
+	wanted, err := ParseCapability(c)
+	if err != nil {
+		return wanted, err
+	}
+	if wanted.Access != v.Access {
+		return wanted, pool.Errorf(pool.ErrInvalid, "volume %s was made for %s access, not for %s", v.ID, v.Access, wanted.Access)
+	}
+	if fsType := c.GetMount().GetFsType(); fsType != "" && fsType != v.Filesystem {
+		return wanted, pool.Errorf(pool.ErrInvalid, "volume %s has %s, not %s", v.ID, v.Filesystem, fsType)
+	}
+	return wanted, nil
+}
 
 // The parameters of a StorageClass, and of a CSI inline volume.
 const (

@@ -20,7 +20,7 @@ import (
 // then the one with most room is taken. Should a node not answer that might
 // have it, the answer is UNAVAILABLE: rather later than twice.
 func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
-	if err := required("name", r.GetName()); err != nil {
+	if err := request.Required("name", r.GetName()); err != nil {
 		return nil, err
 	}
 	candidates, err := s.candidates(ctx, r)
@@ -76,7 +76,7 @@ func (s *Server) sourceOwner(ctx context.Context, source *csi.VolumeContentSourc
 		return s.snapshotOwner(ctx, id)
 	}
 	id := source.GetVolume().GetVolumeId()
-	if err := required("volume_content_source", id); err != nil {
+	if err := request.Required("volume_content_source", id); err != nil {
 		return member{}, err
 	}
 	return s.volumeOwner(ctx, id)
@@ -122,10 +122,10 @@ func rank(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (me
 // is. That another node has one of that name, of another volume, is looked for
 // among those that answer: it is no danger, but the wrong answer.
 func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotRequest) (*csi.CreateSnapshotResponse, error) {
-	if err := required("name", r.GetName()); err != nil {
+	if err := request.Required("name", r.GetName()); err != nil {
 		return nil, err
 	}
-	if err := required("source_volume_id", r.GetSourceVolumeId()); err != nil {
+	if err := request.Required("source_volume_id", r.GetSourceVolumeId()); err != nil {
 		return nil, err
 	}
 	owner, err := s.volumeOwner(ctx, r.GetSourceVolumeId())

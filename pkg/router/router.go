@@ -10,6 +10,7 @@ import (
 
 	"github.com/orlop-csi/orlop/pkg/controller"
 	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/request"
 )
 
 // Server implements csi.ControllerServer by forwarding.
@@ -85,14 +86,6 @@ func (s *Server) snapshotOwner(ctx context.Context, id string) (member, error) {
 	})
 }
 
-// required refuses a request that lacks a field.
-func required(field, value string) error {
-	if value == "" {
-		return pool.Errorf(pool.ErrInvalid, "%s is missing", field)
-	}
-	return nil
-}
-
 // forward makes a call on the node that has a volume or snapshot.
 func forward[Request, Response any](
 	ctx context.Context, r Request, field, id string,
@@ -100,7 +93,7 @@ func forward[Request, Response any](
 	call func(csi.ControllerClient, context.Context, Request, ...grpc.CallOption) (Response, error),
 ) (Response, error) {
 	var none Response
-	if err := required(field, id); err != nil {
+	if err := request.Required(field, id); err != nil {
 		return none, err
 	}
 	m, err := owner(ctx, id)

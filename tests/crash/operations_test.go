@@ -11,7 +11,10 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
+	"github.com/orlop-csi/orlop/pkg/loop"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
@@ -26,6 +29,7 @@ type operation struct {
 	check   func(w *world)                            // looks at the data after the call, and may use the volume
 	undo    func(w *world)                            // takes away what prepare and call made, however far the call got
 	ends    bool                                      // the call takes something away: to give it up is to repeat it
+	most    int                                       // tries no points after this one; 0 is all
 }
 
 var (
@@ -253,6 +257,30 @@ var operations = []operation{
 		ends:  true,
 	},
 	{
+		// Only what is idle is detached. To find out, the driver marks the
+		// device to go with its last user; the mark must not stay. It does
+		// that over and over for a second, always with the same three calls.
+		name: "NodeUnstageVolume, of a device that is open",
+		once: func(w *world) {
+			w.rest("v", 64*mib, block)
+			w.must(stage(block)(w.Context(), w))
+			w.open("v")
+		},
+		call: func(ctx context.Context, w *world) error {
+			_, err := w.NodeUnstageVolume(ctx, &csi.NodeUnstageVolumeRequest{VolumeId: w.id("v"), StagingTargetPath: w.Staging("v")})
+			if err == nil {
+				return errors.New("a device that is open was detached")
+			}
+			if status.Code(err) == codes.FailedPrecondition {
+				return nil
+			}
+			return err
+		},
+		check: func(w *world) { w.must(publish(block, false)(w.Context(), w)); w.holds("v", "v"); unpublishV(w) },
+		ends:  true,
+		most:  9,
+	},
+	{
 		name:  "NodePublishVolume, inline",
 		call:  publishInline,
 		check: func(w *world) { w.note("v"); w.holds("v", "v") },
@@ -466,6 +494,20 @@ func (w *world) refusesWrites(name string) {
 	}
 }
 
+// open keeps the device of a volume open, until all is taken away.
+func (w *world) open(name string) {
+	w.t.Helper()
+	data, err := os.Open(filepath.Join(w.pool, "volumes", name, "data"))
+	w.must(err)
+	defer data.Close()
+	devices, err := loop.Find(data)
+	w.must(err)
+	f, err := os.Open(devices[0].Path)
+	w.must(err)
+	w.user = f
+	w.t.Cleanup(func() { f.Close() })
+}
+
 // leftovers kills the driver and leaves what crashes leave: volumes that were
 // being made and deleted, metadata that was not renamed, a growth that was cut
 // off, and a filesystem that was frozen for a snapshot.
@@ -497,9 +539,12 @@ func freeze(w *world, dir string) {
 	w.must(unix.IoctlSetInt(int(f.Fd()), 0xc0045877, 0)) // FIFREEZE of linux/fs.h
 }
 
-// forget takes the pool away, with all that the node knows of it.
+// forget takes the pool away, with all that the node knows of it. The room of
+// the next one may differ by some blocks: what a new filesystem takes is
+// measured once, after the directories are made and what a crash has left.
 func (w *world) forget() {
 	w.t.Helper()
+	w.fresh = true
 	for _, name := range []string{"default.img", "state/pools/default.json", "state/pools", "state/mounts/default", "state/mounts"} {
 		w.must(os.Remove(filepath.Join(w.Dir, name)))
 	}

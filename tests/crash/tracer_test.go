@@ -33,11 +33,15 @@ type point struct {
 // strace can inject a signal, too, but counts for each thread apart, and in a
 // Go program the same work meets other threads every time.
 type tracer struct {
-	at      point
-	family  bool   // the programs that the process has started die with it
-	dir     string // writes to files below it are changes
-	pid     int
-	changes []string // all that were begun, in order; to be read after end
+	at     point
+	family bool   // the programs that the process has started die with it
+	dir    string // writes to files below it are changes
+	pid    int
+
+	// All changes that were begun, in order, and how many of them before the
+	// last write to a socket; to be read after end.
+	changes  []string
+	answered int
 
 	killed atomic.Bool
 	stop   atomic.Bool
@@ -245,8 +249,11 @@ func (tr *tracer) syscall(tid int) {
 		if !tr.at.answer && len(tr.changes) == tr.at.n {
 			tr.kill()
 		}
-	case tr.at.answer && len(tr.changes) >= tr.at.n && strings.HasPrefix(fd, "socket:"):
-		tr.kill()
+	case strings.HasPrefix(fd, "socket:"):
+		tr.answered = len(tr.changes)
+		if tr.at.answer && tr.answered >= tr.at.n {
+			tr.kill()
+		}
 	}
 }
 

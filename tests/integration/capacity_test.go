@@ -9,7 +9,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -320,14 +319,9 @@ func TestReserveAndOvercommitDecideWhatIsPromised(t *testing.T) {
 		"bytes":  "reserve: 100Mi",
 		"tenth":  "reserve: 10%",
 		"silent": "",
-		"double": "{reserve: 10%, overcommit: 2.0}",
+		"double": "reserve: 10%, overcommit: 2.0",
 	} {
-		config += fmt.Sprintf("- name: %s\n  source: {file: {path: $DIR/%s.img, size: 512Mi, sparse: true}}\n", name, name)
-		for _, setting := range strings.Split(strings.Trim(settings, "{}"), ", ") {
-			if setting != "" {
-				config += "  " + setting + "\n"
-			}
-		}
+		config += fmt.Sprintf("- {name: %s, source: {file: {path: $DIR/%s.img, size: 512Mi, sparse: true}}, %s}\n", name, name, settings)
 	}
 	d := harness.Start(t, config)
 	whole := func(n int64) int64 { return n / 4096 * 4096 }

@@ -135,7 +135,8 @@ func ctlRun(t *testing.T, name string, args ...string) {
 	}
 }
 
-// ctlSum is the checksum of a device's bytes as they are on disk.
+// ctlSum is the checksum of a device's first 64 MiB as they are on disk: no
+// format leaves them alone.
 func ctlSum(t *testing.T, device string) string {
 	t.Helper()
 	f, err := os.Open(device)
@@ -143,7 +144,7 @@ func ctlSum(t *testing.T, device string) string {
 	defer f.Close()
 	ctlMust(t, f.Sync())
 	sum := sha256.New()
-	_, err = io.Copy(sum, f)
+	_, err = io.Copy(sum, io.LimitReader(f, 64*ctlMiB))
 	ctlMust(t, err)
 	return fmt.Sprintf("%x", sum.Sum(nil))
 }

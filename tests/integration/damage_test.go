@@ -257,3 +257,45 @@ func TestMetadataDamagedWhileTheDriverRunsIsToldOf(t *testing.T) {
 		t.Errorf("the volume has %d bytes", got.GetVolume().GetCapacityBytes())
 	}
 }
+
+// Without its identity a directory is not known to be a pool: the driver does
+// not start, and changes nothing.
+func TestAPoolWhoseIdentityIsDamagedIsNotOpened(t *testing.T) {
+	d := harness.New(t, harness.DirectoryPool("$DIR/pool"))
+	pool := filepath.Join(d.Dir, "pool")
+	ctlMust(t, os.Mkdir(pool, 0o700))
+	d.Start()
+	v := d.Create("v", ctlMiB, harness.Block(harness.Writer)).GetVolumeId()
+	d.Stop()
+	for _, file := range []string{filepath.Join(pool, "orlop.json"), filepath.Join(d.Dir, "state", "pools", "default.json")} {
+		whole, err := os.ReadFile(file)
+		ctlMust(t, err)
+		for rule, damaged := range map[string][]byte{
+			"emptied":   nil,
+			"truncated": whole[:len(whole)/2],
+			"zeroed":    make([]byte, len(whole)),
+			"flipped":   bytes.Replace(whole, []byte(`"id": "`), []byte(`"id": "z`), 1),
+			"future":    bytes.Replace(whole, []byte(`"version": 1`), []byte(`"version": 99`), 1),
+		} {
+			ctlMust(t, os.WriteFile(file, damaged, 0o600))
+			before := ctlTree(t, d.Dir)
+			line := ctlStartFails(t, d, "pools[0]", filepath.Base(file))
+			if rule == "future" && !strings.Contains(line, "99") {
+				t.Errorf("a pool of a version to come: %s", line)
+			}
+			ctlSame(t, filepath.Base(file)+", "+rule, before, ctlTree(t, d.Dir))
+		}
+		// Nor if it is gone, which the record beside it tells.
+		if filepath.Base(file) == "orlop.json" {
+			ctlMust(t, os.Remove(file))
+			before := ctlTree(t, d.Dir)
+			ctlStartFails(t, d, "pools[0]", pool)
+			ctlSame(t, "a pool without identity", before, ctlTree(t, d.Dir))
+		}
+		ctlMust(t, os.WriteFile(file, whole, 0o600))
+	}
+	d.Start()
+	if got := ctlIDs(t, d); len(got) != 1 || got[0] != v {
+		t.Errorf("when all is restored: %v, want %s", got, v)
+	}
+}

@@ -229,6 +229,7 @@ func TestDataPoolInADirectoryOfXFSOrBtrfsSharesBlocks(t *testing.T) {
 					d.Use(name, id, kind.capability)
 				}
 				dataMustHold(t, kind.file(d.Target(name)), written, sum)
+				d.Release(name, id)
 				images = append(images, dataImage(poolDir, id))
 			}
 			if fsType != "btrfs" {

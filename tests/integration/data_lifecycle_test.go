@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"testing"
 
@@ -23,6 +24,11 @@ func TestDataIsThereWhenAVolumeIsStagedAgain(t *testing.T) {
 			id := d.Create(kind.name, kind.size, kind.capability).GetVolumeId()
 			file := kind.file(d.Use(kind.name, id, kind.capability))
 			sum := dataFill(t, file, size)
+			for _, device := range dataLoops(t, dataPool(d)) {
+				if dio, err := os.ReadFile(filepath.Join("/sys/block", device, "loop/dio")); strings.TrimSpace(string(dio)) != "1" {
+					t.Errorf("%s has no direct I/O: %q (%v)", device, dio, err)
+				}
+			}
 			d.Release(kind.name, id)
 			dataMustBeIdle(t, d, dataPool(d))
 

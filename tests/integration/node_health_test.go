@@ -95,6 +95,7 @@ func TestNodeHealthTellsOfLostData(t *testing.T) {
 		}
 		d.Delete(id)
 	}
+	d.Release("sound", sound)
 }
 
 // Whose image is gone can still be left: what is mounted is taken down, and what

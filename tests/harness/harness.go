@@ -56,15 +56,18 @@ type Driver struct {
 // prebuilt is the csi-driver to use, or empty to build one.
 var prebuilt = os.Getenv("ORLOP_TEST_DRIVER")
 
+// built is the directory of the csi-driver that was built, if one was.
+var built string
+
 var build = sync.OnceValues(func() (string, error) {
 	if prebuilt != "" {
 		return prebuilt, nil
 	}
-	dir, err := os.MkdirTemp("", "orlop-harness-")
-	if err != nil {
+	var err error
+	if built, err = os.MkdirTemp("", "orlop-harness-"); err != nil {
 		return "", err
 	}
-	binary := filepath.Join(dir, "csi-driver")
+	binary := filepath.Join(built, "csi-driver")
 	args := []string{"build", "-o", binary}
 	if raceEnabled {
 		args = append(args, "-race")
@@ -79,8 +82,8 @@ var build = sync.OnceValues(func() (string, error) {
 // Main runs the tests of a package and removes the binary that they built.
 func Main(m *testing.M) {
 	code := m.Run()
-	if binary, err := build(); err == nil && prebuilt == "" {
-		os.RemoveAll(filepath.Dir(binary))
+	if built != "" {
+		os.RemoveAll(built)
 	}
 	os.Exit(code)
 }

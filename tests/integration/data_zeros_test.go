@@ -23,12 +23,12 @@ var dataPools = []struct {
 	room  int64 // what a tenant fills, bytes
 	start func(t *testing.T) (d *harness.Driver, poolDir string)
 }{
-	{"file", 320 * dataMiB, func(t *testing.T) (*harness.Driver, string) {
+	{"file", 256 * dataMiB, func(t *testing.T) (*harness.Driver, string) {
 		d := harness.Start(t, harness.FilePool("512Mi"))
 		return d, dataPool(d)
 	}},
-	{"directory on ext4", 208 * dataMiB, func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "ext4", 384) }},
-	{"directory on btrfs", 208 * dataMiB, func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "btrfs", 768) }},
+	{"directory on ext4", 128 * dataMiB, func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "ext4", 256) }},
+	{"directory on btrfs", 96 * dataMiB, func(t *testing.T) (*harness.Driver, string) { return dataDirectory(t, "btrfs", 512) }},
 }
 
 // dataDirectory starts a driver with a pool in a directory of a disk of its own,
@@ -45,14 +45,15 @@ func dataDirectory(t *testing.T, fsType string, size int64) (*harness.Driver, st
 // its source. What is written to it changes those bytes alone.
 func TestDataOfADeletedVolumeIsNeverSeenAgain(t *testing.T) {
 	block := harness.Block(harness.Writer)
-	var islands []int64
-	for at := int64(8192); at < 192*dataMiB; at += 16*dataMiB + 12288 {
-		islands = append(islands, at)
-	}
 	for _, p := range dataPools {
 		for _, provisioning := range []string{"thin", "thick"} {
 			t.Run(p.name+" "+provisioning, func(t *testing.T) {
 				d, poolDir := p.start(t)
+				first, small := p.room/8*7, p.room/4
+				var islands []int64
+				for at := int64(8192); at < first; at += 8*dataMiB + 12288 {
+					islands = append(islands, at)
+				}
 				parameters := harness.Parameters("provisioning", provisioning)
 				tenant := func(size int64) { // fills the pool with noise, and goes
 					t.Helper()
@@ -63,9 +64,9 @@ func TestDataOfADeletedVolumeIsNeverSeenAgain(t *testing.T) {
 				}
 
 				tenant(p.room)
-				id := d.Create("new", 192*dataMiB, block, parameters).GetVolumeId()
+				id := d.Create("new", first, block, parameters).GetVolumeId()
 				target := d.Use("new", id, block)
-				if n := dataMustBeZero(t, target, 0); n != 192*dataMiB {
+				if n := dataMustBeZero(t, target, 0); n != first {
 					t.Errorf("it has %d bytes", n)
 				}
 				dataMark(t, target, islands)
@@ -78,25 +79,25 @@ func TestDataOfADeletedVolumeIsNeverSeenAgain(t *testing.T) {
 				d.Release("new", id)
 				d.Delete(id)
 
-				id = d.Create("small", 48*dataMiB, block, parameters).GetVolumeId()
+				id = d.Create("small", small, block, parameters).GetVolumeId()
 				target = d.Use("small", id, block)
-				sum := dataFill(t, target, 48*dataMiB)
-				tenant(p.room - 48*dataMiB)
+				sum := dataFill(t, target, small)
+				tenant(p.room - small)
 				dataMustBeFreed(t, poolDir)
-				dataGrow(t, d, id, target, "small", 96*dataMiB)
-				if n := dataMustBeZero(t, target, 48*dataMiB); n != 48*dataMiB {
+				dataGrow(t, d, id, target, "small", 2*small)
+				if n := dataMustBeZero(t, target, small); n != small {
 					t.Errorf("it grew by %d bytes", n)
 				}
-				dataMustHold(t, target, 48*dataMiB, sum)
+				dataMustHold(t, target, small, sum)
 				d.Release("small", id)
 
 				if p.name == "directory on btrfs" { // copies cannot be thick there
 					parameters = harness.Parameters("provisioning", "thin")
 				}
-				larger := d.Create("larger", 144*dataMiB, block, parameters, harness.FromVolume(id)).GetVolumeId()
+				larger := d.Create("larger", 3*small, block, parameters, harness.FromVolume(id)).GetVolumeId()
 				target = d.Use("larger", larger, block)
-				dataMustHold(t, target, 48*dataMiB, sum)
-				if n := dataMustBeZero(t, target, 48*dataMiB); n != 96*dataMiB {
+				dataMustHold(t, target, small, sum)
+				if n := dataMustBeZero(t, target, small); n != 2*small {
 					t.Errorf("the copy has %d bytes after those of its source", n)
 				}
 				d.Release("larger", larger)

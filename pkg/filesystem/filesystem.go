@@ -51,20 +51,20 @@ func Parse(name string) (Type, error) {
 }
 
 // MinSize is the size in bytes of the smallest device that Make accepts without
-// options, and that can then be mounted and filled with files. The numbers were
-// found by trying (e2fsprogs 1.47, xfsprogs 6.1, btrfs-progs 6.2), and a test
-// tries them again:
+// options, and whose filesystem can then be mounted, filled with files, and
+// grown. The numbers were found by trying (e2fsprogs 1.47, xfsprogs 6.1,
+// btrfs-progs 6.2), and a test tries them again:
 //
 //   - ext4: mke2fs leaves out the journal below 2048 blocks of 4 KiB.
 //   - XFS: mkfs.xfs says "Filesystem must be larger than 300MB" below 300 MiB.
-//   - btrfs: mkfs.btrfs wants 114,294,784 bytes, which is 109 MiB: system and
-//     metadata block groups are there twice.
+//   - btrfs: mkfs.btrfs is content with 109 MiB, but the kernel resizes none of
+//     less than 256 MiB, not even to the size that it has.
 func (t Type) MinSize() int64 {
 	switch t {
 	case XFS:
 		return 300 << 20
 	case Btrfs:
-		return 109 << 20
+		return 256 << 20
 	default:
 		return 8 << 20
 	}

@@ -42,7 +42,8 @@ func TestProbeOfNoDevice(t *testing.T) {
 	wantError(t, err, unix.ENOENT, "/dev/no-such-device")
 }
 
-// A smaller device is refused, or gets an ext4 without a journal.
+// A smaller device is refused, gets an ext4 without a journal, or a btrfs that
+// cannot be grown.
 func TestMinSizeIsTheSmallestThatCanBeUsed(t *testing.T) {
 	eachType(t, func(t *testing.T, fs Type) {
 		d := made(t, fs, fs.MinSize())
@@ -75,10 +76,17 @@ func TestMinSizeIsTheSmallestThatCanBeUsed(t *testing.T) {
 
 		smaller := newDevice(t, fs.MinSize()-4096)
 		err = Make(soon(t), smaller.path, fs, nil)
-		if fs != Ext4 {
-			wantError(t, err, nil, "mkfs."+string(fs))
-		} else if hasJournal(t, smaller) || !hasJournal(t, d) {
-			t.Errorf("the journal does not begin at MinSize (%v)", err)
+		switch fs {
+		case XFS:
+			wantError(t, err, nil, "mkfs.xfs")
+		case Ext4:
+			if hasJournal(t, smaller) || !hasJournal(t, d) {
+				t.Errorf("the journal does not begin at MinSize (%v)", err)
+			}
+		case Btrfs:
+			must(t, err)
+			must(t, Grow(soon(t), target))
+			wantError(t, Grow(soon(t), smaller.mounted(t, fs)), unix.EINVAL)
 		}
 	})
 }

@@ -26,6 +26,7 @@ type MountPoint struct {
 
 	ReadOnly      bool // this mount
 	SuperReadOnly bool // the filesystem, however it is mounted
+	Failed        bool // an ext4 that was shut down: all it answers is errors
 }
 
 // Mounts lists what is mounted in this process's mount namespace. A mount may
@@ -45,7 +46,10 @@ func Mounts() ([]MountPoint, error) {
 			Source:        info.Source,
 			Device:        unix.Mkdev(uint32(info.Major), uint32(info.Minor)),
 			ReadOnly:      hasOption(info.Options, "ro"),
-			SuperReadOnly: hasOption(info.VFSOptions, "ro"),
+			// The second is how newer kernels (6.18 is one) tell of an ext4
+			// that gave up after an error.
+			SuperReadOnly: hasOption(info.VFSOptions, "ro") || hasOption(info.VFSOptions, "emergency_ro"),
+			Failed:        hasOption(info.VFSOptions, "shutdown"),
 		}
 		if info.FSType == string(Btrfs) {
 			mounts[i].Device, _ = deviceNumber(info.Source)

@@ -179,6 +179,9 @@ func inspect(ctx context.Context, u use) (condition pool.Condition, wrong bool) 
 	if err == nil { // an XFS that was shut down fails the first alone
 		_, err = filesystem.Stat(ctx, u.Path)
 	}
+	if u.Failed {
+		err = errors.Join(errors.New("the filesystem was shut down after an error"), err)
+	}
 	if err != nil {
 		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemFailed", Message: fmt.Sprintf("%s: %v; see the kernel log, stop the workload and start it again", u.Path, err)}, true
 	}

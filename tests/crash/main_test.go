@@ -21,7 +21,8 @@
 //
 // That takes long. The environment variable ORLOP_CRASH_EVERY says that every
 // n-th point is tried; 1 is all of them. By default it is a number with which
-// the package takes about a minute on two cores.
+// the package takes about a minute on two cores. ORLOP_CRASH_PATIENCE is how
+// long the driver may take to be right again, 20s if it is not set.
 package crash
 
 import (
@@ -41,7 +42,7 @@ import (
 
 // The main thread stays with the main goroutine: it would not end with a
 // goroutine that is locked to it, as a tracer must.
-func init() { runtime.LockOSThread() }
+func init() { runtime.LockOSThread() } //nolint:gochecknoinits // later it may be on another thread
 
 func TestMain(m *testing.M) { harness.Main(m) }
 

@@ -122,7 +122,7 @@ func TestEveryKindOfFaultIsSeen(t *testing.T) {
 		remove := fault.plant(w)
 		w.patience = 100 * time.Millisecond
 		got := w.look()
-		w.patience = patience
+		w.patience = defaultPatience
 		remove()
 		said := slices.Concat(got.problems, differ(got.lines, base.lines))
 		if !slices.ContainsFunc(said, func(s string) bool { return strings.Contains(s, fault.want) }) {

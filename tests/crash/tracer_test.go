@@ -3,6 +3,7 @@
 package crash
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -279,7 +280,7 @@ func children(parent int) []int {
 		if err != nil {
 			continue
 		}
-		fields := strings.Fields(string(text[strings.LastIndexByte(string(text), ')')+1:]))
+		fields := strings.Fields(string(text[bytes.LastIndexByte(text, ')')+1:]))
 		if len(fields) < 2 || fields[1] != strconv.Itoa(parent) {
 			continue
 		}
@@ -315,7 +316,7 @@ var ioctls = map[uint64]string{
 // goes to.
 func (tr *tracer) describe(info *syscallInfo) (what, fd string) {
 	a := info.args
-	name := ""
+	var name string
 	switch info.nr {
 	case unix.SYS_RENAMEAT, unix.SYS_RENAMEAT2:
 		return fmt.Sprintf("rename %s to %s", tr.text(a[1]), tr.text(a[3])), ""

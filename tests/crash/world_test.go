@@ -32,10 +32,10 @@ import (
 
 const mib = int64(1) << 20
 
-// patience bounds how long a writer may be held up, how long the driver may
-// take to free what was deleted, and how long a call that comes too early may
-// have to be repeated: a start of the driver on a busy machine, and no more.
-const patience = 20 * time.Second
+// defaultPatience bounds how long a writer may be held up, how long the driver
+// may take to free what was deleted, and how long a call that comes too early
+// may have to be repeated: a start of the driver on a busy machine, and no more.
+const defaultPatience = 20 * time.Second
 
 // world is a driver with a pool, a volume in it that has nothing to do with
 // what is tried, and all that can be seen of it from outside.
@@ -65,13 +65,18 @@ func newWorld(t *testing.T, alone bool) *world {
 		Driver: d, t: t, at: "setup",
 		pool:  filepath.Join(d.Dir, "state", "mounts", "default"),
 		kinds: map[string]*csi.VolumeCapability{}, sums: map[string]string{}, live: map[string]*writer{},
-		patience: patience,
+		patience: defaultPatience,
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
 			t.Logf("it was: %s", w.at)
 		}
 	})
+	if text := os.Getenv("ORLOP_CRASH_PATIENCE"); text != "" {
+		limit, err := time.ParseDuration(text)
+		w.must(err)
+		w.patience = limit
+	}
 	w.room = w.available()
 	if !alone {
 		w.source("bystander", 64*mib, harness.Mount("ext4", harness.Writer))
@@ -274,7 +279,7 @@ func (w *world) look() seen {
 	return s
 }
 
-func (s *seen) line(format string, args ...any) {
+func (s *seen) linef(format string, args ...any) {
 	s.lines = append(s.lines, fmt.Sprintf(format, args...))
 }
 
@@ -310,7 +315,7 @@ func (w *world) lookAtPaths(s *seen) {
 		entries, err := os.ReadDir(filepath.Join(w.Dir, dir))
 		w.must(err)
 		for _, entry := range entries {
-			s.line("path %s", path.Join(dir, entry.Name()))
+			s.linef("path %s", path.Join(dir, entry.Name()))
 		}
 	}
 }
@@ -336,7 +341,7 @@ func (w *world) lookAtDevices(s *seen) map[string]string {
 		}
 		of := strings.TrimPrefix(strings.TrimSpace(string(backing)), w.Dir+"/")
 		devices[filepath.Base(sys)] = of
-		s.line("device of %s, sectors %s, read-only %s, direct %s, discard %s", of, attribute("size"), attribute("ro"), attribute("loop/dio"), attribute("queue/discard_max_bytes"))
+		s.linef("device of %s, sectors %s, read-only %s, direct %s, discard %s", of, attribute("size"), attribute("ro"), attribute("loop/dio"), attribute("queue/discard_max_bytes"))
 		if attribute("loop/autoclear") != "0" {
 			s.problem(fmt.Errorf("the device of %s will vanish when its last user closes it", of))
 		}
@@ -360,7 +365,7 @@ func (w *world) lookAtMounts(s *seen, devices map[string]string) {
 		if node {
 			of = filepath.Base(m.Root)
 		}
-		s.line("mount %s of %s, device node %t, read-only %t", at, devices[of], node, m.ReadOnly)
+		s.linef("mount %s of %s, device node %t, read-only %t", at, devices[of], node, m.ReadOnly)
 		if !node && !m.ReadOnly && m.Path != w.pool {
 			s.problem(writable(m.Path, w.patience))
 		}
@@ -396,14 +401,14 @@ func (w *world) lookAtPool(s *seen) {
 	for _, e := range volumes.GetEntries() {
 		name := path.Base(e.GetVolume().GetVolumeId())
 		listed["volumes/"+name] = true
-		s.line("volume %s, %d bytes", name, e.GetVolume().GetCapacityBytes())
+		s.linef("volume %s, %d bytes", name, e.GetVolume().GetCapacityBytes())
 	}
 	snapshots, err := w.ListSnapshots(w.Context(), &csi.ListSnapshotsRequest{})
 	w.must(err)
 	for _, e := range snapshots.GetEntries() {
 		name := path.Base(e.GetSnapshot().GetSnapshotId())
 		listed["snapshots/"+name] = true
-		s.line("snapshot %s of %s, %d bytes, ready %t", name, path.Base(e.GetSnapshot().GetSourceVolumeId()), e.GetSnapshot().GetSizeBytes(), e.GetSnapshot().GetReadyToUse())
+		s.linef("snapshot %s of %s, %d bytes, ready %t", name, path.Base(e.GetSnapshot().GetSourceVolumeId()), e.GetSnapshot().GetSizeBytes(), e.GetSnapshot().GetReadyToUse())
 	}
 	var promised int64
 	err = filepath.WalkDir(w.pool, func(at string, entry fs.DirEntry, err error) error {
@@ -418,7 +423,7 @@ func (w *world) lookAtPool(s *seen) {
 			if err != nil {
 				return err
 			}
-			s.line("file %s, %d bytes", name, info.Size())
+			s.linef("file %s, %d bytes", name, info.Size())
 			if stat, ok := info.Sys().(*syscall.Stat_t); ok && strings.HasPrefix(name, "snapshots/") {
 				promised += stat.Blocks * 512
 			} else {
@@ -428,9 +433,9 @@ func (w *world) lookAtPool(s *seen) {
 				s.problem(fmt.Errorf("%s is an orphan: nobody knows of it", dir))
 			}
 		case entry.Name() == "volume.json":
-			s.line("file %s, content %s", name, w.metadata(dir).Content)
+			s.linef("file %s, content %s", name, w.metadata(dir).Content)
 		default:
-			s.line("file %s", name)
+			s.linef("file %s", name)
 		}
 		return nil
 	})
@@ -466,7 +471,8 @@ func (w *world) metadata(dir string) metadata {
 // does not list.
 func (w *world) inline(dir string) bool {
 	w.t.Helper()
-	return strings.HasPrefix(dir, "volumes/") && w.metadata(dir).Ephemeral
+	_, err := os.Stat(filepath.Join(w.pool, dir, "volume.json"))
+	return err == nil && w.metadata(dir).Ephemeral
 }
 
 // compare fails the test unless the world is as it should be.

@@ -8,10 +8,13 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/orlop-csi/orlop/pkg/filesystem"
 )
 
 // A writer's file is a ring of slots, each with one record: the number of the
@@ -45,7 +48,10 @@ func write(t testing.TB, name string) *writer {
 		defer close(w.done)
 		w.err = errors.Join(w.run(f), f.Close())
 	}()
-	t.Cleanup(func() { _ = w.end() })
+	t.Cleanup(func() {
+		_, _ = filesystem.Thaw(filepath.Dir(name)) // what a failed test has left frozen would hold the end up
+		_ = w.end()
+	})
 	return w
 }
 

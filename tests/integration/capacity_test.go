@@ -379,7 +379,7 @@ func TestGetCapacityTellsWhatCanBeMade(t *testing.T) {
 		{"XFS", &csi.GetCapacityRequest{VolumeCapabilities: []*csi.VolumeCapability{harness.Mount("xfs", harness.Writer)}}, false, 300 * ctlMiB},
 		{"btrfs by parameter", &csi.GetCapacityRequest{
 			VolumeCapabilities: []*csi.VolumeCapability{harness.Mount("", harness.Writer)}, Parameters: map[string]string{"csi.storage.k8s.io/fstype": "btrfs"},
-		}, false, 109 * ctlMiB},
+		}, false, 256 * ctlMiB},
 		{"this node", &csi.GetCapacityRequest{AccessibleTopology: ctlNode(harness.NodeID)}, false, 4096},
 		{"a topology without nodes", &csi.GetCapacityRequest{AccessibleTopology: &csi.Topology{Segments: map[string]string{"zone": "a"}}}, false, 4096},
 		{"another node", &csi.GetCapacityRequest{AccessibleTopology: ctlNode("node-2")}, true, 0},
@@ -412,7 +412,7 @@ func TestGetCapacityTellsWhatCanBeMade(t *testing.T) {
 	if v.GetCapacityBytes() != largest || ctlRoom(t, d, "other") != 0 {
 		t.Errorf("the largest volume has %d bytes, want %d", v.GetCapacityBytes(), largest)
 	}
-	d.Create("smallest", 1, harness.Mount("btrfs", harness.Writer), ctlLimit(109*ctlMiB))
+	d.Create("smallest", 1, harness.Mount("btrfs", harness.Writer), ctlLimit(256*ctlMiB))
 }
 
 // What others write on the filesystem of a directory pool is not the pool's to

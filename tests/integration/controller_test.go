@@ -190,7 +190,7 @@ func TestCreateVolumeAnswersWhatItMade(t *testing.T) {
 		{"no size", ctlGiB, []ctlChange{ctlRequired(0)}},
 		{"no size but a limit", 100_000 / 4096 * 4096, []ctlChange{ctlRequired(0), ctlLimit(100_000)}},
 		{"at least what ext4 needs", 8 * ctlMiB, []ctlChange{ctlRequired(1), ctlMode(harness.Writer)}},
-		{"at least what btrfs needs", 109 * ctlMiB, []ctlChange{ctlRequired(1), ctlCapabilities(harness.Mount("btrfs", harness.Writer))}},
+		{"at least what btrfs needs", 256 * ctlMiB, []ctlChange{ctlRequired(1), ctlCapabilities(harness.Mount("btrfs", harness.Writer))}},
 		{"at least what XFS needs, by parameter", 300 * ctlMiB, []ctlChange{ctlRequired(1), ctlMode(harness.Writer), harness.Parameters("csi.storage.k8s.io/fstype", "xfs")}},
 		{"a copy has its source's size", 32 * ctlMiB, []ctlChange{ctlRequired(0), harness.FromVolume(source)}},
 		{"a restored snapshot has its size", 32 * ctlMiB, []ctlChange{ctlRequired(0), harness.FromSnapshot(snapshot)}},

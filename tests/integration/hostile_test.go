@@ -320,10 +320,8 @@ func TestALinkPlantedInThePoolIsNotFollowed(t *testing.T) {
 	d.Restart()
 	ctlSame(t, "beside the pool, after another restart", before, around())
 	ctlSame(t, "another volume, after another restart", whole, ofVictim())
-	if f := ctlUse(t, d, "victim", victim); f != nil {
-		ctlMust(t, f.Close())
-		d.Release("victim", victim)
-	}
+	ctlMust(t, ctlUse(t, d, "victim", victim).Close())
+	d.Release("victim", victim)
 	for kind, name := range map[string]string{"volumes": "volumes", "staging": ".staging", "trash": ".trash", "snapshots": "snapshots"} {
 		t.Run("a pool whose "+kind+" is a link", func(t *testing.T) {
 			d.Stop()

@@ -41,28 +41,27 @@ func TestWhatACrashLeftIsGoneAfterTheStart(t *testing.T) {
 	d.Kill()
 
 	ctlPlant(t, dir, map[string]int64{
-		".staging/volumes-empty-data/data":            0,
-		".staging/volumes-half-made/data":             32 * ctlMiB,
-		".staging/volumes-made/data":                  8 * ctlMiB,
-		".staging/snapshots-made/data":                8 * ctlMiB,
-		".staging/snapshots-made/snapshot.json":       300,
-		".staging/metadata-v":                         100, // of a growth
-		".staging/freeze-v":                           0,
-		".staging/freeze-gone":                        0,
-		".staging/reflink-from":                       4096,
-		".staging/reflink-to":                         4096,
-		".staging/orlop.json":                         100,
-		".trash/v.abcdefgh/data":                      32 * ctlMiB,
-		".trash/v.abcdefgh/volume.json":               300,
-		".trash/half-freed.abcdefgh/volume.json":      300,
-		".trash/s.12345678/data":                      8 * ctlMiB,
-		".trash/s.12345678/snapshot.json":             300,
-		".trash/what-was-given-an-odd-name/data":      8 * ctlMiB,
-		".trash/damaged.abcdefgh/volume.json":         0,
-		".trash/with-foreign-metadata.x/volume.json":  0,
-		".staging/volumes-with-metadata-only/unknown": 0,
+		".staging/volumes-empty-data/data":           0,
+		".staging/volumes-half-made/data":            32 * ctlMiB,
+		".staging/volumes-made/data":                 8 * ctlMiB,
+		".staging/snapshots-made/data":               8 * ctlMiB,
+		".staging/snapshots-made/snapshot.json":      300,
+		".staging/metadata-v":                        100, // of a growth
+		".staging/freeze-v":                          0,
+		".staging/freeze-gone":                       0,
+		".staging/reflink-from":                      4096,
+		".staging/reflink-to":                        4096,
+		".staging/orlop.json":                        100,
+		".trash/v.abcdefgh/data":                     32 * ctlMiB,
+		".trash/v.abcdefgh/volume.json":              300,
+		".trash/half-freed.abcdefgh/volume.json":     300,
+		".trash/s.12345678/data":                     8 * ctlMiB,
+		".trash/s.12345678/snapshot.json":            300,
+		".trash/what-was-given-an-odd-name/data":     8 * ctlMiB,
+		".trash/damaged.abcdefgh/volume.json":        0,
+		".trash/with-foreign-metadata.x/volume.json": 0,
 	})
-	ctlMust(t, os.Remove(filepath.Join(dir, ".staging/volumes-with-metadata-only/unknown")))
+	ctlMust(t, os.Mkdir(filepath.Join(dir, ".staging/volumes-empty"), 0o700))
 	ctlMust(t, os.WriteFile(filepath.Join(dir, ".staging/volumes-made/volume.json"), volume, 0o600))
 	ctlMust(t, os.Mkdir(filepath.Join(dir, ".trash/freed.abcdefgh"), 0o700))
 	d.Start()

@@ -5,6 +5,8 @@ package controller
 
 import (
 	"context"
+	"fmt"
+	"runtime/debug"
 	"sync"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -66,16 +68,26 @@ func (s *Server) Close() {
 // refused as in flight; one that comes later finds the result.
 func finish[T any](ctx context.Context, s *Server, work func(context.Context) (T, error)) (T, error) {
 	type outcome struct {
-		value T
-		err   error
+		value    T
+		err      error
+		panicked string
 	}
 	done := make(chan outcome, 1)
 	s.work.Go(func() {
-		value, err := work(s.alive)
-		done <- outcome{value, err}
+		var o outcome
+		defer func() {
+			if p := recover(); p != nil {
+				o.panicked = fmt.Sprintf("%v\n%s", p, debug.Stack())
+			}
+			done <- o
+		}()
+		o.value, o.err = work(s.alive)
 	})
 	select {
 	case o := <-done:
+		if o.panicked != "" {
+			panic(o.panicked) // where the edge catches it
+		}
 		return o.value, o.err
 	case <-ctx.Done():
 		var none T

@@ -39,13 +39,13 @@ func Mounts() ([]MountPoint, error) {
 	mounts := make([]MountPoint, len(infos))
 	for i, info := range infos {
 		mounts[i] = MountPoint{
-			ID:            info.ID,
-			Path:          info.Mountpoint,
-			Root:          info.Root,
-			Type:          info.FSType,
-			Source:        info.Source,
-			Device:        unix.Mkdev(uint32(info.Major), uint32(info.Minor)),
-			ReadOnly:      hasOption(info.Options, "ro"),
+			ID:       info.ID,
+			Path:     info.Mountpoint,
+			Root:     info.Root,
+			Type:     info.FSType,
+			Source:   info.Source,
+			Device:   unix.Mkdev(uint32(info.Major), uint32(info.Minor)),
+			ReadOnly: hasOption(info.Options, "ro"),
 			// The second is how newer kernels (6.18 is one) tell of an ext4
 			// that gave up after an error.
 			SuperReadOnly: hasOption(info.VFSOptions, "ro") || hasOption(info.VFSOptions, "emergency_ro"),

@@ -55,6 +55,10 @@ test-integration: need-root need-filesystems ## Tests on the kernel's loop devic
 	@scripts/install gcc
 	go test -race -tags integration -count=1 ./pkg/... ./tests/integration/...
 
+.PHONY: test-vm
+test-vm: need-root ## Integration tests on Linux 6.1 in an emulated machine; VM='./pkg/loop -run Detach' selects (root, slow)
+	@scripts/vm $(VM)
+
 .PHONY: test-sanity
 test-sanity: need-root need-filesystems ## The upstream csi-sanity suite against the standalone driver (root)
 	@cd tests/sanity && go test

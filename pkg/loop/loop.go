@@ -155,6 +155,22 @@ func (d Device) Refresh() error {
 	return nil
 }
 
+// RefuseDiscard makes sure that the device refuses discards, as one attached
+// with Options.NoDiscard does. On a kernel before Linux 6.9 a process that died
+// at the wrong moment may have left one that does not.
+func (d Device) RefuseDiscard() error {
+	f, _, err := d.open(os.O_RDONLY)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	n, _ := index(filepath.Base(d.Path))
+	if refusesDiscard(n) {
+		return nil
+	}
+	return refuseDiscard(n)
+}
+
 // Flush brings what was written through the device's page cache to the backing
 // file, and the file to stable storage. A direct reader of the file, and a
 // reflink of it, see those bytes only then. A write that failed in the
@@ -238,10 +254,17 @@ func describe(f *os.File) (Device, *unix.LoopInfo64, error) {
 }
 
 // keep takes the mark to detach on the last close back (LOOP_SET_STATUS64).
+// Before Linux 6.9 the kernel then also lifts the limit of Options.NoDiscard
+// (loop_config_discard in drivers/block/loop.c), so it is set again.
 func keep(f *os.File, info *unix.LoopInfo64) error {
+	n, _ := index(filepath.Base(f.Name()))
+	refused := refusesDiscard(n)
 	info.Flags &^= unix.LO_FLAGS_AUTOCLEAR
 	if err := unix.IoctlLoopSetStatus64(int(f.Fd()), info); err != nil {
 		return fmt.Errorf("%s would be detached on its last close, and the mark cannot be removed: %w", f.Name(), err)
+	}
+	if refused && !refusesDiscard(n) {
+		return refuseDiscard(n)
 	}
 	return nil
 }

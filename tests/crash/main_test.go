@@ -225,7 +225,7 @@ func (o operation) tearDown(w *world) {
 		w.leave(name, w.id(name))
 		w.use(name, w.kinds[name])
 		w.holds(name, name)
-		last, err := records(w.Target(name) + "/writer")
+		last, err := records(w.log(name))
 		w.must(err)
 		if safe := live.safe.Load(); last < safe {
 			w.t.Fatalf("volume %s ends with record %d of %d", name, last, safe)

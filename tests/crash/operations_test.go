@@ -103,6 +103,18 @@ var operations = []operation{
 		undo: func(w *world) { w.uncut("cut") },
 	},
 	{
+		name:    "CreateSnapshot, of a live block volume",
+		once:    func(w *world) { w.source("source", 64*mib, block) },
+		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
+		call:    snapshot,
+		check: func(w *world) {
+			w.must(copyOfSnapshot(64*mib, block)(w.Context(), w))
+			w.copied("v", block)
+			goneV(w)
+		},
+		undo: func(w *world) { w.uncut("cut") },
+	},
+	{
 		name:    "DeleteSnapshot",
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
 		prepare: func(w *world) { w.cut() },
@@ -453,7 +465,7 @@ func (w *world) copied(name string, c *csi.VolumeCapability) {
 	w.t.Helper()
 	w.use(name, c)
 	w.holds(name, "source")
-	last, err := records(filepath.Join(w.Target(name), "writer"))
+	last, err := records(w.log(name))
 	w.must(err)
 	if last < w.floor {
 		w.t.Fatalf("%s: the copy ends with record %d, %d were on stable storage before", w.at, last, w.floor)

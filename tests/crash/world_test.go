@@ -98,7 +98,8 @@ func (w *world) source(name string, size int64, c *csi.VolumeCapability) {
 	w.Create(name, size, c)
 	w.use(name, c)
 	w.note(name)
-	w.live[name] = write(w.t, filepath.Join(w.Target(name), "writer"))
+	at, offset := w.log(name)
+	w.live[name] = write(w.t, at, offset)
 }
 
 // note writes data to a volume that is in use, brings it to stable storage, and
@@ -123,6 +124,14 @@ func (w *world) file(name string) string {
 		return target
 	}
 	return filepath.Join(target, "file")
+}
+
+// log is where the writer of a published volume writes.
+func (w *world) log(name string) (at string, offset int64) {
+	if at := w.file(name); at == w.Target(name) {
+		return at, mib
+	}
+	return filepath.Join(w.Target(name), "writer"), 0
 }
 
 func sum(data []byte) string {

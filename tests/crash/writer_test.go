@@ -17,8 +17,8 @@ import (
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 )
 
-// A writer's file is a ring of slots, each with one record: the number of the
-// record, again and again.
+// A writer's place in a file or device is a ring of slots, each with one record:
+// the number of the record, again and again.
 const (
 	recordSize = 4096
 	slots      = 256
@@ -36,8 +36,9 @@ type writer struct {
 	err  error // to be read after done
 }
 
-// write starts a writer; it ends with the test at the latest.
-func write(t testing.TB, name string) *writer {
+// write starts a writer at an offset of a file or device; it ends with the test
+// at the latest.
+func write(t testing.TB, name string, offset int64) *writer {
 	t.Helper()
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
@@ -46,7 +47,7 @@ func write(t testing.TB, name string) *writer {
 	w := &writer{stop: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer close(w.done)
-		w.err = errors.Join(w.run(f), f.Close())
+		w.err = errors.Join(w.run(f, offset), f.Close())
 	}()
 	t.Cleanup(func() {
 		_, _ = filesystem.Thaw(filepath.Dir(name)) // what a failed test has left frozen would hold the end up
@@ -55,7 +56,7 @@ func write(t testing.TB, name string) *writer {
 	return w
 }
 
-func (w *writer) run(f *os.File) error {
+func (w *writer) run(f *os.File, offset int64) error {
 	record := make([]byte, recordSize)
 	for n := int64(1); ; n++ {
 		select {
@@ -65,7 +66,7 @@ func (w *writer) run(f *os.File) error {
 		}
 		fill(record, n)
 		began := time.Now()
-		if _, err := f.WriteAt(record, n%slots*recordSize); err != nil {
+		if _, err := f.WriteAt(record, offset+n%slots*recordSize); err != nil {
 			return fmt.Errorf("record %d: %w", n, err)
 		}
 		if err := f.Sync(); err != nil {
@@ -106,15 +107,18 @@ func (w *writer) end() error {
 	return w.err
 }
 
-// records checks a writer's file as it was at one instant: with some last
+// records checks what a writer has written, as it was at one instant: with some last
 // record n, every slot has the newest record that belongs there, or none was
 // due yet. It gives n.
-func records(name string) (last int64, err error) {
+func records(name string, offset int64) (last int64, err error) {
 	f, err := os.Open(name)
 	if err != nil {
 		return 0, err
 	}
 	defer f.Close()
+	if _, err := f.Seek(offset, io.SeekStart); err != nil {
+		return 0, err
+	}
 	var found [slots]int64
 	record, want := make([]byte, recordSize), make([]byte, recordSize)
 	for slot := range found {

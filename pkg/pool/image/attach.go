@@ -45,6 +45,11 @@ func (e *Engine) Attach(_ context.Context, name string, readOnly bool) (pool.Dev
 		if err := d.Refresh(); err != nil {
 			return pool.Device{}, fmt.Errorf("bringing %s to the size of volume %s: %w", d.Path, name, err)
 		}
+		if v.Provisioning == pool.Thick {
+			if err := d.RefuseDiscard(); err != nil {
+				return pool.Device{}, fmt.Errorf("keeping the blocks of volume %s: %w", name, err)
+			}
+		}
 		return describe(d), nil
 	}
 	d, err := loop.Attach(data, loop.Options{

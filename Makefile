@@ -53,7 +53,12 @@ test-unit: need-go ## Tests that need no privilege
 .PHONY: test-integration
 test-integration: need-root need-filesystems ## Tests on the kernel's loop devices and filesystems (root)
 	@scripts/install gcc
-	go test -race -tags integration -count=1 ./pkg/... ./tests/integration/...
+	go test -race -tags integration -count=1 ./pkg/... ./tests/integration/... ./tests/crash/...
+
+.PHONY: crash
+crash: need-root need-filesystems ## Kill the driver at every point of every operation; test-integration does so at every 12th (root)
+	@scripts/install gcc
+	ORLOP_CRASH_EVERY=1 go test -race -tags integration -count=1 -timeout 30m -v ./tests/crash
 
 .PHONY: test-vm
 test-vm: need-root ## Integration tests on Linux 6.1 in an emulated machine; VM='./pkg/loop -run Detach' selects (root, slow)

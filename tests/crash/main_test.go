@@ -20,8 +20,8 @@
 // undone, nothing must be left. That all this would be seen is shown with faults
 // that are planted, in the world and in the driver.
 //
-// The power stays on: what the kernel has in memory outlives the driver, so that
-// a sync that is missing is not seen here.
+// In these the power stays on: what the kernel has in memory outlives the driver.
+// Another test has the power fail right after each call was answered.
 //
 // It takes long. The environment variable ORLOP_CRASH_EVERY says that every
 // n-th point is tried; 1 is all of them. By default it is a number with which

@@ -140,7 +140,7 @@ func New(t testing.TB, config string) *Driver {
 // FilePool is the configuration of a pool in a sparse image file of that size,
 // such as "20Gi".
 func FilePool(size string) string {
-	return fmt.Sprintf("pools:\n- name: default\n  source:\n    file: {path: $DIR/default.img, size: %s, sparse: true}\n", size)
+	return fmt.Sprintf("pools:\n- name: default\n  source:\n    file: {path: \"$DIR/default.img\", size: %s, sparse: true}\n", size)
 }
 
 // DirectoryPool is the configuration of a pool in a directory.

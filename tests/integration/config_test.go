@@ -314,10 +314,14 @@ func TestABlankDeviceIsMadeAPoolAndStaysOne(t *testing.T) {
 func TestABlankDeviceInThePlaceOfAPoolIsNotFormatted(t *testing.T) {
 	first, _ := ctlDevice(t, 512*ctlMiB)
 	second, file := ctlDevice(t, 512*ctlMiB)
-	d := harness.Start(t, "pools: [{name: default, source: {device: "+first+"}}]\n")
+	d := harness.New(t, "pools: [{name: default, source: {device: $DIR/disk}}]\n")
+	disk := filepath.Join(d.Dir, "disk") // as one in /dev/disk
+	ctlMust(t, os.Symlink(first, disk))
+	d.Start()
 	d.Stop()
-	d.Configure("pools: [{name: default, source: {device: " + second + "}}]\n")
-	ctlStartFails(t, d, "pools[0]", "source.device", second, "is its disk mounted?")
+	ctlMust(t, os.Remove(disk))
+	ctlMust(t, os.Symlink(second, disk))
+	ctlStartFails(t, d, "pools[0]", "source.device", disk, "is its disk mounted?")
 	if n := ctlBlocks(t, file); n > 0 {
 		t.Errorf("%d bytes were written to the device", n)
 	}

@@ -230,6 +230,26 @@ func TestAPoolThatHasGoneIsNotBegunAnew(t *testing.T) {
 	}
 }
 
+// Who configures another place for a pool means another pool.
+func TestAPoolIsBegunWhereTheConfigurationSaysAnotherPlace(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("1Gi"))
+	v := d.Create("v", 16*ctlMiB, harness.Block(harness.Writer)).GetVolumeId()
+	d.Stop()
+	first, err := os.ReadFile(d.Config)
+	ctlMust(t, err)
+	d.Configure("pools: [{name: default, source: {file: {path: $DIR/other.img, size: 1Gi, sparse: true}}}]\n")
+	d.Start()
+	if got := ctlIDs(t, d); len(got) != 0 {
+		t.Errorf("the new pool has %v", got)
+	}
+	d.Stop()
+	d.Configure(string(first))
+	d.Start()
+	if got := ctlIDs(t, d); len(got) != 1 || got[0] != v {
+		t.Errorf("the first pool has %v, want %s", got, v)
+	}
+}
+
 func TestAFileThatHasGoneIsNotBegunAnew(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("1Gi"))
 	v := d.Create("v", 16*ctlMiB, harness.Block(harness.Writer)).GetVolumeId()

@@ -180,8 +180,7 @@ func (e *Engine) claim() error {
 // identify reads the pool's identity, or gives a directory that holds nothing
 // its identity and so makes it a pool.
 func (e *Engine) identify(o Options) error {
-	record := poolRecord(o)
-	known, err := readRecord(record)
+	known, err := knownPool(o)
 	if err != nil {
 		return err
 	}
@@ -197,7 +196,7 @@ func (e *Engine) identify(o Options) error {
 	case err != nil:
 		return err
 	case known != "" && known != e.identity.ID:
-		return pool.Errorf(pool.ErrPrecondition, "source: %s holds pool %s, but this node's pool %q was %s: is the right disk mounted? If it is meant, remove %s", e.dir, e.identity.ID, o.Pool.Name, known, record)
+		return pool.Errorf(pool.ErrPrecondition, "source: %s holds pool %s, but this node's pool %q was %s: is the right disk mounted? If it is meant, remove %s", e.dir, e.identity.ID, o.Pool.Name, known, recordPath(o))
 	}
 	for _, dir := range directories {
 		if info, err := e.root.Lstat(dir); err != nil || !info.IsDir() {
@@ -205,7 +204,7 @@ func (e *Engine) identify(o Options) error {
 		}
 	}
 	if known == "" {
-		return writeRecord(record, e.identity.ID)
+		return writeRecord(o, e.identity.ID)
 	}
 	return nil
 }

@@ -120,12 +120,12 @@ func checkFile(o Options, file config.FileSource) (exists bool, err error) {
 // mustBeNew refuses to begin a new pool where this node has had one. gone says
 // what looks as if there had never been any.
 func mustBeNew(o Options, field, gone string) error {
-	known, err := readRecord(poolRecord(o))
+	known, err := knownPool(o)
 	if err != nil {
 		return err
 	}
 	if known != "" {
-		return pool.Errorf(pool.ErrPrecondition, "%s: %s, but this node's pool %q was %s: is its disk mounted? If it is gone for good, remove %s to begin a new pool", field, gone, o.Pool.Name, known, poolRecord(o))
+		return pool.Errorf(pool.ErrPrecondition, "%s: %s, but this node's pool %q was %s: is its disk mounted? If it is gone for good, remove %s to begin a new pool", field, gone, o.Pool.Name, known, recordPath(o))
 	}
 	return nil
 }
@@ -332,19 +332,22 @@ func mountPool(ctx context.Context, o Options, device string, number uint64, opt
 	return dir, nil
 }
 
-// poolRecord is the file in the state directory that remembers which pool a
-// node has under a name, so that an empty directory where a disk failed to
-// mount is not taken for a new pool.
-func poolRecord(o Options) string {
+// record remembers in the state directory which pool a node had under a name,
+// and where, so that an empty directory where a disk failed to mount is not
+// taken for a new pool.
+type record struct {
+	ID     string `json:"id"`
+	Source string `json:"source"`
+}
+
+func recordPath(o Options) string {
 	return filepath.Join(o.StateDir, "pools", o.Pool.Name+".json")
 }
 
-type record struct {
-	ID string `json:"id"`
-}
-
-// readRecord gives the pool ID on record, empty if there is none.
-func readRecord(path string) (string, error) {
+// knownPool gives the ID of the pool that the node had at this very source;
+// empty if it had none. Who configures another source means another place.
+func knownPool(o Options) (id string, err error) {
+	path := recordPath(o)
 	root, err := os.OpenRoot(filepath.Dir(path))
 	if errors.Is(err, fs.ErrNotExist) {
 		return "", nil
@@ -355,13 +358,14 @@ func readRecord(path string) (string, error) {
 	defer root.Close()
 	var r record
 	err = readMetadata(root, filepath.Base(path), &r)
-	if errors.Is(err, fs.ErrNotExist) {
+	if errors.Is(err, fs.ErrNotExist) || err == nil && r.Source != o.Pool.Source.Path() {
 		return "", nil
 	}
 	return r.ID, err
 }
 
-func writeRecord(path, id string) error {
+func writeRecord(o Options, id string) error {
+	path := recordPath(o)
 	if err := os.MkdirAll(filepath.Dir(path), 0o700); err != nil {
 		return err
 	}
@@ -371,5 +375,5 @@ func writeRecord(path, id string) error {
 	}
 	defer root.Close()
 	name := filepath.Base(path)
-	return replaceMetadata(root, name, name+".staging", record{ID: id})
+	return replaceMetadata(root, name, name+".staging", record{ID: id, Source: o.Pool.Source.Path()})
 }

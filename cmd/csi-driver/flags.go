@@ -28,8 +28,8 @@ func tlsFlag(c *cobra.Command, dir *string, who string) {
 // processFlags are the flags of every command that serves.
 func processFlags(c *cobra.Command, metricsAddress *string, shutdownTimeout *time.Duration, l *logging) {
 	f := c.Flags()
-	f.StringVar(metricsAddress, "metrics-address", "127.0.0.1:9809",
-		"`host:port` that serves Prometheus metrics at /metrics, and at /healthz whether the driver is ready. It has no access control. Give \"\" to turn it off")
+	f.StringVar(metricsAddress, "metrics-address", "",
+		"`host:port` that serves Prometheus metrics at /metrics, and at /healthz whether the driver is ready. It has no access control. Without it, neither is served. Example: 127.0.0.1:9809")
 	f.DurationVar(shutdownTimeout, "shutdown-timeout", 30*time.Second,
 		"`time` that calls in flight have for finishing after SIGTERM before they are cut off; the orchestrator can repeat those. Example: 2m")
 	f.StringVar(&l.format, "log-format", "text",

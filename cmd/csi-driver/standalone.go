@@ -45,7 +45,7 @@ const standaloneExample = `  mkdir -p /etc/orlop /run/orlop
     source:
       file: {path: /var/lib/orlop/default.img, size: 20Gi}
   END
-  csi-driver standalone --config /etc/orlop/config.yaml
+  csi-driver standalone --config /etc/orlop/config.yaml --metrics-address 127.0.0.1:9809
 
   # in another shell
   curl http://127.0.0.1:9809/healthz

@@ -75,6 +75,39 @@ func TestADeviceIsFoundByItsFileOnEachFilesystem(t *testing.T) {
 	}
 }
 
+// A disk that failed must not take the devices of other disks away.
+func TestAFailedFilesystemBehindOneDeviceDoesNotHideOthers(t *testing.T) {
+	dead, err := os.Create(filepath.Join(mountImage(t, "xfs", 512), "dead"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := dead.Truncate(MiB); err != nil {
+		t.Fatal(err)
+	}
+	lost := attach(t, dead, loop.Options{})
+	t.Cleanup(func() { // not with Detach, which can prove nothing here
+		node, err := os.Open(lost.Path)
+		if err == nil {
+			err = errors.Join(unix.IoctlSetInt(int(node.Fd()), unix.LOOP_CLR_FD, 0), node.Close(), dead.Close())
+		}
+		if err != nil {
+			t.Error(err)
+		}
+	})
+	alive := newFile(t, "", MiB)
+	d := attach(t, alive, loop.Options{})
+
+	const goingDown = 0x8004587d // XFS_IOC_GOINGDOWN, xfs_fs.h
+	noLogFlush := uint32(2)      // XFS_FSOP_GOING_FLAGS_NOLOGFLUSH
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, dead.Fd(), goingDown, uintptr(unsafe.Pointer(&noLogFlush))); errno != 0 {
+		t.Fatal(errno)
+	}
+	expectFound(t, alive, d)
+	if found, err := loop.Find(dead); err == nil {
+		t.Errorf("nothing can be said of a file that cannot be asked, and %+v is", found)
+	}
+}
+
 func TestGetOfWhatIsNotAttachedIsErrDetached(t *testing.T) {
 	file := newFile(t, "", MiB)
 	d := attach(t, file, loop.Options{})

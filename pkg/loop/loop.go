@@ -30,6 +30,11 @@ var (
 	ErrDetached = errors.New("not attached")
 )
 
+// errUnasked says that the kernel cannot tell what a device is bound to, which
+// it asks of the backing file's filesystem (loop_get_status in
+// drivers/block/loop.c).
+var errUnasked = errors.New("the file behind the device cannot be asked")
+
 // Device is a loop device as it was when the kernel was asked. It stays a valid
 // argument for ever: each method first proves, on the descriptor that it works
 // with, that the device is still bound to the same file, and otherwise fails
@@ -49,8 +54,9 @@ type Device struct {
 // host, which takes about 16 µs each; a caller that remembers a Device may use
 // [Device.Check] instead.
 //
-// A device whose backing file cannot be asked (a network filesystem that went
-// away) fails Find, because it cannot be told whether it is bound to file.
+// A device whose backing file cannot be asked, because its filesystem was shut
+// down after an error or its server went away, is not bound to file if file can
+// still be asked: what fails is the filesystem. Others' disasters are not ours.
 func Find(file *os.File) ([]Device, error) {
 	dev, inode, err := identity(file)
 	if err != nil {
@@ -65,6 +71,11 @@ func Find(file *os.File) ([]Device, error) {
 		f, d, _, err := open(name, os.O_RDONLY)
 		if errors.Is(err, ErrDetached) {
 			continue // between the listing and here
+		}
+		if errors.Is(err, errUnasked) {
+			if _, _, askErr := identity(file); askErr == nil {
+				continue
+			}
 		}
 		if err != nil {
 			return nil, err
@@ -234,7 +245,7 @@ func describe(f *os.File) (Device, *unix.LoopInfo64, error) {
 		return Device{}, nil, fmt.Errorf("%s: %w", f.Name(), ErrDetached)
 	}
 	if err != nil {
-		return Device{}, nil, fmt.Errorf("ask %s what it is bound to: %w", f.Name(), err)
+		return Device{}, nil, fmt.Errorf("%w (%s): %w", errUnasked, f.Name(), err)
 	}
 	if n, _ := index(filepath.Base(f.Name())); n != int(info.Number) {
 		return Device{}, nil, fmt.Errorf("%s is the node of another device, loop%d", f.Name(), info.Number)

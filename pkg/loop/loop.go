@@ -28,12 +28,11 @@ var (
 	// ErrDetached says that a device is bound to nothing, or no longer to the
 	// file that it was bound to.
 	ErrDetached = errors.New("not attached")
+	// ErrUnasked says that the kernel cannot tell what a device is bound to,
+	// which it asks of the backing file's filesystem (loop_get_status in
+	// drivers/block/loop.c): that one has failed.
+	ErrUnasked = errors.New("the file behind the device cannot be asked")
 )
-
-// errUnasked says that the kernel cannot tell what a device is bound to, which
-// it asks of the backing file's filesystem (loop_get_status in
-// drivers/block/loop.c).
-var errUnasked = errors.New("the file behind the device cannot be asked")
 
 // Device is a loop device as it was when the kernel was asked. It stays a valid
 // argument for ever: each method first proves, on the descriptor that it works
@@ -72,7 +71,7 @@ func Find(file *os.File) ([]Device, error) {
 		if errors.Is(err, ErrDetached) {
 			continue // between the listing and here
 		}
-		if errors.Is(err, errUnasked) {
+		if errors.Is(err, ErrUnasked) {
 			if _, _, askErr := identity(file); askErr == nil {
 				continue
 			}
@@ -245,7 +244,7 @@ func describe(f *os.File) (Device, *unix.LoopInfo64, error) {
 		return Device{}, nil, fmt.Errorf("%s: %w", f.Name(), ErrDetached)
 	}
 	if err != nil {
-		return Device{}, nil, fmt.Errorf("%w (%s): %w", errUnasked, f.Name(), err)
+		return Device{}, nil, fmt.Errorf("%w (%s): %w", ErrUnasked, f.Name(), err)
 	}
 	if n, _ := index(filepath.Base(f.Name())); n != int(info.Number) {
 		return Device{}, nil, fmt.Errorf("%s is the node of another device, loop%d", f.Name(), info.Number)

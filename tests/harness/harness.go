@@ -10,6 +10,7 @@ package harness
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -22,6 +23,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/credentials/insecure"
 
@@ -325,6 +327,14 @@ func detach(ctx context.Context, path string) error {
 		return err
 	}
 	device, err := loop.Get(st.Rdev)
+	if errors.Is(err, loop.ErrUnasked) { // on a filesystem that a test has shut down
+		node, err := os.Open(path)
+		if err != nil {
+			return err
+		}
+		defer node.Close()
+		return unix.IoctlSetInt(int(node.Fd()), unix.LOOP_CLR_FD, 0)
+	}
 	if err != nil {
 		return err
 	}

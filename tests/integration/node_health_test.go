@@ -10,6 +10,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -251,4 +252,47 @@ func nodeStorageHealth(t *testing.T, d *harness.Driver) []*csi.NodeGetStorageHea
 	health, err := d.NodeGetStorageHealth(d.Context(), &csi.NodeGetStorageHealthRequest{})
 	dataMust(t, err)
 	return health.GetBackendHealth()
+}
+
+// When a pool's filesystem fails, its volumes' users can leave, and the volumes
+// of other pools are not concerned.
+func TestNodeAFailedPoolCanBeLeftAndLeavesOthersAlone(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("1Gi")+"- name: other\n  source:\n    file: {path: \"$DIR/other.img\", size: 1Gi, sparse: true}\n")
+	c := harness.Mount("ext4", harness.Writer)
+	lost := d.Create("lost", 64<<20, c)
+	d.Use("lost", lost.GetVolumeId(), c)
+	well := d.Create("well", 64<<20, c, harness.Parameters("pool", "other"))
+	target := d.Use("well", well.GetVolumeId(), c)
+
+	pool, err := os.Open(filepath.Join(d.Dir, "state", "mounts", "default"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const goingDown = 0x8004587d // XFS_IOC_GOINGDOWN, xfs_fs.h
+	noLogFlush := uint32(2)      // XFS_FSOP_GOING_FLAGS_NOLOGFLUSH
+	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, pool.Fd(), goingDown, uintptr(unsafe.Pointer(&noLogFlush))); errno != 0 {
+		t.Fatal(errno)
+	}
+	pool.Close()
+
+	health, err := d.NodeGetStorageHealth(d.Context(), &csi.NodeGetStorageHealthRequest{})
+	if err != nil || len(health.GetBackendHealth()) != 1 || health.GetBackendHealth()[0].GetReason() != "PoolFailed" {
+		t.Errorf("storage health: %v, %v; want PoolFailed", health, err)
+	}
+	if err := os.WriteFile(filepath.Join(target, "file"), []byte("written"), 0o600); err != nil {
+		t.Errorf("the volume of the other pool: %v", err)
+	}
+	snapshot := d.Snapshot("snapshot", well.GetVolumeId())
+	d.Create("restored", 0, c, harness.FromSnapshot(snapshot.GetSnapshotId()))
+	d.Release("well", well.GetVolumeId())
+	d.Delete(well.GetVolumeId())
+
+	if _, err := d.NodeUnpublishVolume(d.Context(), &csi.NodeUnpublishVolumeRequest{
+		VolumeId: lost.GetVolumeId(), TargetPath: d.Target("lost"),
+	}); err != nil {
+		t.Errorf("its user cannot leave: %v", err)
+	}
+	if _, err := os.Lstat(d.Target("lost")); err == nil {
+		t.Error("the target path is still there")
+	}
 }

@@ -93,47 +93,44 @@ func (e *Engine) mustExist(name string) error {
 }
 
 // loops asks the kernel for the loop devices of a volume's image, whatever the
-// image's state.
+// image's state: its users must be able to leave.
 func (e *Engine) loops(name string) ([]loop.Device, error) {
 	image := path.Join(volumesDir, name, dataFile)
 	data, err := e.open(image, os.O_RDONLY)
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, pool.ErrDamaged) {
-		return e.unlinked(image)
-	}
-	if err != nil {
-		return nil, err
+	if err != nil { // somebody has removed it, or the pool's filesystem has failed
+		return e.loopsByPath(image)
 	}
 	defer data.Close()
 	return loop.Find(data)
 }
 
-// unlinked finds the loop devices of an image that somebody has removed: its
-// users must be able to leave. The kernel has kept its path, with a mark
+// loopsByPath finds the loop devices of an image that cannot be opened by the
+// path that the kernel has kept of it, which it marks once the file is removed
 // (proc_pid_fd(5) has the same of open files).
-func (e *Engine) unlinked(image string) ([]loop.Device, error) {
-	dir, err := filepath.EvalSymlinks(e.dir)
-	if err != nil {
-		return nil, err
-	}
+func (e *Engine) loopsByPath(image string) ([]loop.Device, error) {
 	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	if err != nil {
 		return nil, err
 	}
+	was := path.Join(e.resolved, image)
 	var found []loop.Device
 	for _, file := range files {
-		backing, err := os.ReadFile(file)
-		if err != nil || strings.TrimSuffix(string(backing), "\n") != path.Join(dir, image)+" (deleted)" {
+		text, err := os.ReadFile(file)
+		if backing := strings.TrimSuffix(string(text), "\n"); err != nil || backing != was && backing != was+" (deleted)" {
 			continue // or detached just now
 		}
+		node := path.Join("/dev", strings.Split(file, "/")[3])
 		var st unix.Stat_t
-		if err := unix.Stat(path.Join("/dev", strings.Split(file, "/")[3]), &st); err != nil {
+		if err := unix.Stat(node, &st); err != nil {
 			return nil, err
 		}
 		d, err := loop.Get(st.Rdev)
-		if errors.Is(err, loop.ErrDetached) {
+		switch {
+		case errors.Is(err, loop.ErrDetached):
 			continue
-		}
-		if err != nil {
+		case errors.Is(err, loop.ErrUnasked): // enough to find its mounts; Detach will refuse it
+			d = loop.Device{Path: node, Number: st.Rdev}
+		case err != nil:
 			return nil, err
 		}
 		found = append(found, d)

@@ -27,6 +27,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -97,6 +98,7 @@ type Engine struct {
 	options  config.Pool
 	source   *source
 	dir      string
+	resolved string // dir without symbolic links, as the kernel knows it
 	root     *os.Root
 	lock     *os.File // holds the flock on the pool's directory
 	ledger   *ledger
@@ -141,6 +143,9 @@ func Open(ctx context.Context, o Options) (_ *Engine, err error) {
 	}()
 	if e.root, err = os.OpenRoot(e.dir); err != nil {
 		return nil, fmt.Errorf("opening pool directory: %w", err)
+	}
+	if e.resolved, err = filepath.EvalSymlinks(e.dir); err != nil {
+		return nil, err
 	}
 	if err := e.claim(); err != nil {
 		return nil, err

@@ -26,6 +26,7 @@ func (e *Engine) Health(context.Context) []pool.Condition {
 	// memory; to bring something to the disk is what it cannot.
 	if err := syncDir(e.root, "."); err != nil {
 		add(pool.Inaccessible, "PoolFailed", "its filesystem fails (%v); see the kernel log, mend the disk and restart the driver", err)
+		return found
 	}
 	st, err := statfs(e.root)
 	switch {

@@ -250,6 +250,41 @@ func TestAPoolIsBegunWhereTheConfigurationSaysAnotherPlace(t *testing.T) {
 	}
 }
 
+// A growth whose record cannot be written is an error, and neither loses data
+// nor leaves a size that is not true, whether it is repeated or the driver is
+// killed.
+func TestAGrowthThatCannotBeRecordedLosesNothing(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("1Gi"))
+	v := d.Create("v", 64*ctlMiB, harness.Block(harness.Writer)).GetVolumeId()
+	room := ctlRoom(t, d, "")
+	obstacle := filepath.Join(d.Dir, "state", "mounts", "default", ".staging", "metadata-v")
+	ctlMust(t, os.Mkdir(obstacle, 0o700))
+	grow := func() error {
+		_, err := d.ControllerExpandVolume(d.Context(), &csi.ControllerExpandVolumeRequest{
+			VolumeId: v, CapacityRange: &csi.CapacityRange{RequiredBytes: 128 * ctlMiB},
+		})
+		return err
+	}
+	ctlWant(t, "the growth", grow(), codes.Internal, "recording the growth of volume v")
+	ctlMust(t, os.Remove(obstacle))
+	ctlWant(t, "its retry", grow(), codes.OK)
+	for _, end := range []func(){d.Kill, d.Stop} {
+		end()
+		d.Start()
+		found, err := d.ControllerGetVolume(d.Context(), &csi.ControllerGetVolumeRequest{VolumeId: v})
+		ctlWant(t, "after a start", err, codes.OK)
+		if got := found.GetVolume().GetCapacityBytes(); got != 128*ctlMiB {
+			t.Errorf("it has %d bytes", got)
+		}
+		if got := ctlRoom(t, d, ""); got != room-64*ctlMiB {
+			t.Errorf("there is room for %d bytes, want %d", got, room-64*ctlMiB)
+		}
+	}
+	target := d.Use("v", v, harness.Block(harness.Writer))
+	ctlMust(t, os.WriteFile(target, make([]byte, ctlMiB), 0))
+	d.Release("v", v)
+}
+
 func TestAFileThatHasGoneIsNotBegunAnew(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("1Gi"))
 	v := d.Create("v", 16*ctlMiB, harness.Block(harness.Writer)).GetVolumeId()

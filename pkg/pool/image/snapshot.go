@@ -131,7 +131,7 @@ func (e *Engine) DeleteSnapshot(_ context.Context, name string) error {
 	if err != nil {
 		return err
 	}
-	if err := e.discard(path.Join(snapshotsDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := e.discard(path.Join(snapshotsDir, name)); err != nil {
 		return fmt.Errorf("deleting snapshot %s: %w", name, err)
 	}
 	e.mu.Lock()

@@ -79,20 +79,22 @@ func (t *trash) take() (entry trashEntry, ok bool) {
 }
 
 // discard moves a directory of the pool into the trash, which is what deletes
-// it, and leaves the rest to the worker.
+// it, and leaves the rest to the worker. One that is gone already, as after a
+// try that could not be synced, is synced now.
 func (e *Engine) discard(dir string) error {
 	entry := trashEntry{
 		name:  path.Base(dir) + "." + strings.ToLower(rand.Text()[:8]),
 		bytes: e.blocks(path.Join(dir, dataFile)),
 	}
-	if err := e.root.Rename(dir, path.Join(trashDir, entry.name)); err != nil {
-		return err
+	moveErr := e.root.Rename(dir, path.Join(trashDir, entry.name))
+	if moveErr != nil && !errors.Is(moveErr, fs.ErrNotExist) {
+		return moveErr
 	}
-	if err := syncDir(e.root, path.Dir(dir)); err != nil {
-		return err
+	syncErr := syncDir(e.root, path.Dir(dir))
+	if moveErr == nil {
+		e.throw(entry)
 	}
-	e.throw(entry)
-	return nil
+	return syncErr
 }
 
 // throw hands an entry of .trash to the worker. Its space stays promised until

@@ -281,7 +281,7 @@ func (e *Engine) DeleteVolume(_ context.Context, name string) error {
 	if err := e.mustBeIdle(name); err != nil {
 		return err
 	}
-	if err := e.discard(path.Join(volumesDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+	if err := e.discard(path.Join(volumesDir, name)); err != nil {
 		return fmt.Errorf("deleting volume %s: %w", name, err)
 	}
 	e.mu.Lock()
@@ -314,9 +314,20 @@ func (e *Engine) GrowVolume(ctx context.Context, name string, size int64) (pool.
 		e.ledger.give(more, v.Provisioning)
 		return pool.Volume{}, fmt.Errorf("growing volume %s: %w", name, err)
 	}
+	if err := e.rewrite(grown); err != nil {
+		// From here on there is no way back: the new metadata may have got
+		// to the disk, and an image shorter than it says is lost data. The
+		// image tells the size as well, and a start heeds it.
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		e.volumes.put(name, grown)
+		return pool.Volume{}, fmt.Errorf("recording the growth of volume %s: %w", name, err)
+	}
 	return grown, nil
 }
 
+// growImage makes a volume's image longer, on stable storage, or leaves it as it
+// was.
 func (e *Engine) growImage(ctx context.Context, v, grown pool.Volume) (err error) {
 	data, err := e.openVolume(v, os.O_RDWR)
 	if err != nil {
@@ -338,10 +349,7 @@ func (e *Engine) growImage(ctx context.Context, v, grown pool.Volume) (err error
 	if err := data.Truncate(grown.Size); err != nil {
 		return noSpace(err)
 	}
-	if err := data.Sync(); err != nil {
-		return err
-	}
-	return e.rewrite(grown)
+	return data.Sync()
 }
 
 // rewrite replaces a volume's metadata on disk and then in memory.

@@ -245,6 +245,11 @@ func TestWhatIsBlankReadsAsZerosWhateverWasDone(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
+			t.Cleanup(func() { // for a test that fails; otherwise it is gone by then
+				if err := device.Detach(ctx); err != nil && !errors.Is(err, loop.ErrDetached) {
+					t.Error(err)
+				}
+			})
 			var done []string
 			for range 12 {
 				off := r.Int64N(size/unit) * unit
@@ -258,7 +263,9 @@ func TestWhatIsBlankReadsAsZerosWhateverWasDone(t *testing.T) {
 					var d *os.File
 					if d, err = os.OpenFile(device.Path, os.O_WRONLY, 0); err == nil {
 						_, err = d.WriteAt(random(int(n)), off)
-						d.Close()
+						// Only the last close would bring it to the
+						// file, and others may have the device open.
+						err = errors.Join(err, d.Sync(), d.Close())
 					}
 				case "sync":
 					err = f.Sync()

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/orlop-csi/orlop/pkg/loop"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
@@ -144,6 +145,33 @@ func TestNodeNeverFormatsWhatIsNotBlank(t *testing.T) {
 			dataMustHold(t, image, kind.size, sum)
 		})
 	}
+}
+
+// Nor what was written through a device and is in its page cache alone, because
+// whoever wrote it still has it open.
+func TestNodeNeverFormatsWhatIsOnItsWayToTheVolume(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("4Gi"))
+	id := d.Create("volume", 64<<20, nodeExt4.capability).GetVolumeId()
+	image, err := os.OpenFile(dataImage(dataPool(d), id), os.O_RDWR, 0)
+	dataMust(t, err)
+	defer image.Close()
+	device, err := loop.Attach(image, loop.Options{BlockSize: 4096})
+	dataMust(t, err)
+	node, err := os.OpenFile(device.Path, os.O_RDWR, 0)
+	dataMust(t, err)
+	_, err = node.WriteAt([]byte("somebody's"), 32<<20)
+	dataMust(t, err)
+	_, err = d.NodeStageVolume(d.Context(), &csi.NodeStageVolumeRequest{
+		VolumeId: id, StagingTargetPath: d.Staging("volume"), VolumeCapability: nodeExt4.capability,
+	})
+	if status.Code(err) != codes.FailedPrecondition || !strings.Contains(err.Error(), "not formatted") {
+		t.Errorf("%v; want FailedPrecondition, not formatted", err)
+	}
+	got := make([]byte, 10)
+	if _, err := node.ReadAt(got, 32<<20); err != nil || string(got) != "somebody's" {
+		t.Errorf("%q, %v", got, err)
+	}
+	node.Close()
 }
 
 // A copy of a block volume is never formatted, whether it is asked for as what

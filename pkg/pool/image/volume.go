@@ -387,6 +387,16 @@ func (e *Engine) Blank(name string) (bool, error) {
 		return false, err
 	}
 	defer data.Close()
+	// What was written through a device may be in its page cache alone.
+	devices, err := e.loops(name)
+	if err != nil {
+		return false, err
+	}
+	for _, d := range devices {
+		if err := d.Flush(); err != nil {
+			return false, err
+		}
+	}
 	return extent.Blank(data)
 }
 

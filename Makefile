@@ -10,7 +10,7 @@ VERSION  ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),unkno
 IMAGE    ?= csi-driver:$(VERSION)
 FUZZTIME ?= 20s
 
-MODULES := . tests/sanity tools
+MODULES := . tests/sanity tools tools/manifests
 LINT    := go tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run --config=$(CURDIR)/.golangci.yml
 
 .PHONY: help
@@ -78,21 +78,24 @@ fuzz: need-go ## Run every fuzz target for FUZZTIME (20s) each
 lint: need-go ## Run golangci-lint on the driver and its tests
 	$(LINT) ./...
 	cd tests/sanity && $(LINT) ./...
+	cd tools/manifests && $(LINT) ./...
 
 .PHONY: fmt
 fmt: need-go ## Format the Go code
-	gofmt -s -w cmd demo pkg tests
+	gofmt -s -w cmd demo pkg tests tools
 
 .PHONY: update
-update: fmt ## Regenerate what is generated: go.mod and go.sum, docs/reference.md
+update: fmt ## Regenerate what is generated: go.mod and go.sum, docs/reference.md, deploy/kubernetes/base
 	@for module in $(MODULES); do (cd $$module && go mod tidy); done
 	@reference=$$(go run ./cmd/csi-driver reference) && echo "$$reference" >docs/reference.md
+	@cd tools/manifests && go run .
 
 .PHONY: verify
 verify: lint ## Fail if `make update` would change anything, or a linter finds something
 	@scripts/install shellcheck
 	shellcheck .ci/run scripts/*
 	@scripts/verify
+	cd tools/manifests && go test ./...
 
 # What the targets above need.
 

@@ -21,15 +21,23 @@ func endpointFlag(c *cobra.Command, endpoint *string) {
 // nodes.
 func tlsFlag(c *cobra.Command, dir *string, who string) {
 	c.Flags().StringVar(dir, "tls-dir", "",
-		"`directory` with tls.crt, tls.key and ca.crt, in PEM; required. The certificate has the URI "+who+" as a subject alternative name, and both TLS usages. The files are read anew when they change")
+		"`directory` with tls.crt, tls.key and ca.crt, in PEM; required, unless there is --kubernetes. The certificate has the URI "+who+" as a subject alternative name, and both TLS usages. The files are read anew when they change")
 	mustComplete(c.MarkFlagDirname("tls-dir"))
+}
+
+// clusterFlags are the flags of a driver that Kubernetes runs.
+func clusterFlags(c *cobra.Command, kubernetes *bool, kubeconfig *string, usage string) {
+	c.Flags().BoolVar(kubernetes, "kubernetes", false, usage)
+	c.Flags().StringVar(kubeconfig, "kubeconfig", "",
+		"`file` that tells how to reach the API server, for --kubernetes outside a pod (default: the pod's service account)")
+	mustComplete(c.MarkFlagFilename("kubeconfig"))
 }
 
 // processFlags are the flags of every command that serves.
 func processFlags(c *cobra.Command, metricsAddress *string, shutdownTimeout *time.Duration, l *logging) {
 	f := c.Flags()
 	f.StringVar(metricsAddress, "metrics-address", "",
-		"`host:port` that serves Prometheus metrics at /metrics, and at /healthz whether the driver is ready. It has no access control. Without it, neither is served. Example: 127.0.0.1:9809")
+		"`host:port` that serves Prometheus metrics at /metrics, at /healthz whether the driver is well, and at /readyz whether all that it waits for is there. It has no access control. Without it, neither is served. Example: 127.0.0.1:9809")
 	f.DurationVar(shutdownTimeout, "shutdown-timeout", 30*time.Second,
 		"`time` that calls in flight have for finishing after SIGTERM before they are cut off; the orchestrator can repeat those. Example: 2m")
 	f.StringVar(&l.format, "log-format", "text",

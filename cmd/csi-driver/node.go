@@ -12,10 +12,23 @@ const nodeLong = `Serves every CSI service for the pools of this machine on one 
 standalone does, and the Controller service on a TCP port to the router (see
 csi-driver controller). Router and node show each other certificates of one
 authority, and each checks that the other is who it should be; there is no way
-to turn that off.`
+to turn that off.
+
+With --kubernetes, this node's key is made here and kept in the state directory,
+and its certificate is asked for, and renewed in time, through the API server,
+where the router signs it. Nothing else is needed of the API server: the kubelet
+is served also while it cannot be reached.
+
+With --kubelet-registration-dir the driver registers itself with the kubelet,
+also after that restarted. /healthz tells if the kubelet refuses.`
 
 const nodeExample = `  csi-driver node --config /etc/orlop/config.yaml --node-id node-1 \
-    --peer-address :9810 --tls-dir /etc/orlop/tls`
+    --peer-address :9810 --tls-dir /etc/orlop/tls
+
+  # in a pod
+  csi-driver node --config /etc/orlop/config.yaml --node-id "$NODE_NAME" --kubernetes \
+    --endpoint unix:///var/lib/kubelet/plugins/csi.orlop.dev/csi.sock \
+    --kubelet-registration-dir /var/lib/kubelet/plugins_registry --metrics-address :9811`
 
 func newNode() *cobra.Command {
 	var (
@@ -23,14 +36,14 @@ func newNode() *cobra.Command {
 		l logging
 	)
 	c := &cobra.Command{
-		Use:     "node --config FILE --tls-dir DIRECTORY",
+		Use:     "node --config FILE (--tls-dir DIRECTORY | --kubernetes)",
 		Short:   "Serve this machine's pools to the machine and to the router",
 		Long:    nodeLong,
 		Example: nodeExample,
 		Args:    cobra.NoArgs,
 		RunE: func(c *cobra.Command, _ []string) error {
-			if o.PeerAddress == "" || o.TLSDir == "" {
-				return errors.New("--peer-address and --tls-dir must be given; without a router, use csi-driver standalone")
+			if o.PeerAddress == "" {
+				return errors.New("--peer-address must be given; without a router, use csi-driver standalone")
 			}
 			return serveNode(c.Context(), o, l)
 		},
@@ -39,6 +52,11 @@ func newNode() *cobra.Command {
 	c.Flags().StringVar(&o.PeerAddress, "peer-address", ":9810",
 		"`host:port` at which the router, and nobody else, can call this node")
 	tlsFlag(c, &o.TLSDir, "orlop://node/NAME")
+	clusterFlags(c, &o.Kubernetes, &o.Kubeconfig,
+		"get the certificate for the router from it, through the API server; --node-id is the name of the Node object")
+	c.Flags().StringVar(&o.KubeletRegistration, "kubelet-registration-dir", "",
+		"`directory` in which the kubelet looks for plugins; the driver then registers itself. The path of --endpoint must be the same for the kubelet. Example: /var/lib/kubelet/plugins_registry")
+	mustComplete(c.MarkFlagDirname("kubelet-registration-dir"))
 	processFlags(c, &o.MetricsAddress, &o.ShutdownTimeout, &l)
 	return c
 }

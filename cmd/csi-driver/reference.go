@@ -47,7 +47,7 @@ func writeReference(out io.Writer, root *cobra.Command) error {
 				return
 			}
 			value, usage := pflag.UnquoteUsage(f)
-			name := "`--" + f.Name + " " + value + "`"
+			name := "`" + strings.TrimSpace("--"+f.Name+" "+value) + "`"
 			if f.Shorthand != "" {
 				name = "`-" + f.Shorthand + " " + value + "`, " + name
 			}
@@ -62,7 +62,11 @@ func writeReference(out io.Writer, root *cobra.Command) error {
 	b.WriteString("Served at `/metrics` of `--metrics-address`, beside those of the Go runtime (`go_…`) and of the process (`process_…`).\n\n")
 	b.WriteString("| metric | type | labels | meaning |\n|---|---|---|---|\n")
 	for _, m := range driver.Metrics() {
-		fmt.Fprintf(&b, "| `%s` | %s | `%s` | %s |\n", m.Name, m.Type, strings.Join(m.Labels, "`, `"), m.Help)
+		labels := ""
+		if len(m.Labels) > 0 {
+			labels = "`" + strings.Join(m.Labels, "`, `") + "`"
+		}
+		fmt.Fprintf(&b, "| `%s` | %s | %s | %s |\n", m.Name, m.Type, labels, m.Help)
 	}
 	_, err := io.WriteString(out, b.String())
 	return err

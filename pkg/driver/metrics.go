@@ -9,6 +9,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"google.golang.org/grpc/codes"
 
+	"github.com/orlop-csi/orlop/pkg/kubelet"
+	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
@@ -36,6 +38,16 @@ var (
 		Type:   "gauge",
 		Help:   "Always 1; the labels tell the driver's version and the Go version it was built with.",
 		Labels: []string{"version", "go_version"},
+	}
+	certificateMetric = Metric{
+		Name: "orlop_peer_certificate_expiration_timestamp_seconds",
+		Type: "gauge",
+		Help: "When the certificate between router and nodes that this process shows ends, in seconds since 1970; 0 if it has none.",
+	}
+	registeredMetric = Metric{
+		Name: "orlop_kubelet_registered",
+		Type: "gauge",
+		Help: "1 if the kubelet has registered the driver, else 0; only with --kubelet-registration-dir.",
 	}
 )
 
@@ -89,7 +101,30 @@ func Metrics() []Metric {
 	for _, m := range poolMetrics {
 		all = append(all, m.Metric)
 	}
-	return append(all, buildMetric)
+	return append(all, certificateMetric, registeredMetric, buildMetric)
+}
+
+// gaugeOf makes a gauge without labels that is read at each scrape.
+func gaugeOf(m Metric, value func() float64) prometheus.Collector {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: m.Name, Help: m.Help}, value)
+}
+
+func certificateExpiry(c *peer.Credentials) prometheus.Collector {
+	return gaugeOf(certificateMetric, func() float64 {
+		if expires := c.Expires(); !expires.IsZero() {
+			return float64(expires.Unix())
+		}
+		return 0
+	})
+}
+
+func registered(r *kubelet.Registration) prometheus.Collector {
+	return gaugeOf(registeredMetric, func() float64 {
+		if r.Accepted() {
+			return 1
+		}
+		return 0
+	})
 }
 
 // newRegistry makes a registry of what is known before any pool is open.

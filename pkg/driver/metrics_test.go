@@ -11,6 +11,8 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc/codes"
 
+	"github.com/orlop-csi/orlop/pkg/kubelet"
+	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
@@ -130,6 +132,7 @@ func TestEveryMetricIsDocumentedAndEveryDocumentedOneIsServed(t *testing.T) {
 	registry, calls := newRegistry("v1.2.3")
 	calls.observe("/csi.v1.Identity/Probe", codes.OK, 0)
 	registry.MustRegister(poolCollector[fixedPool]{{name: "default"}})
+	registry.MustRegister(certificateExpiry(peer.New(func() (peer.Keys, error) { return peer.Keys{}, nil })), registered(&kubelet.Registration{}))
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)

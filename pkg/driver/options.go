@@ -33,6 +33,15 @@ type Options struct {
 	PeerAddress string
 	// TLSDir has the credentials for that; see package peer.
 	TLSDir string
+	// Kubernetes is that they come from the router instead, by way of the API
+	// server; see package cluster. NodeID must be the name of the Node object.
+	Kubernetes bool
+	// Kubeconfig is the file that tells how to reach the API server; none is
+	// that the process runs in a pod.
+	Kubeconfig string
+	// KubeletRegistration is the directory in which the kubelet looks for
+	// plugins; none is that there is no kubelet.
+	KubeletRegistration string
 }
 
 // Validate checks what the flags alone can tell. The error names the flag.
@@ -56,6 +65,25 @@ func (o Options) Validate() error {
 		if _, _, err := net.SplitHostPort(o.PeerAddress); err != nil {
 			return fmt.Errorf("--peer-address: %w; give host:port", err)
 		}
+		if err := validateTrust(o.TLSDir, o.Kubernetes, o.Kubeconfig); err != nil {
+			return err
+		}
+	}
+	if o.KubeletRegistration != "" && !filepath.IsAbs(o.KubeletRegistration) {
+		return fmt.Errorf("--kubelet-registration-dir: %q is not an absolute path", o.KubeletRegistration)
+	}
+	return nil
+}
+
+// validateTrust checks where the credentials come from.
+func validateTrust(tlsDir string, kubernetes bool, kubeconfig string) error {
+	switch {
+	case tlsDir == "" && !kubernetes:
+		return errors.New("--tls-dir: must name the directory of the credentials; or give --kubernetes, and they come by themselves")
+	case tlsDir != "" && kubernetes:
+		return errors.New("--tls-dir and --kubernetes: give one of them")
+	case kubeconfig != "" && !kubernetes:
+		return errors.New("--kubeconfig: is of use only with --kubernetes")
 	}
 	return nil
 }
@@ -71,6 +99,17 @@ type RouterOptions struct {
 	TLSDir string
 	// Nodes is the nodes, by name, and their peer addresses.
 	Nodes map[string]string
+	// Kubernetes is that nodes and credentials come from the API server
+	// instead, and Kubeconfig is as in Options.
+	Kubernetes bool
+	Kubeconfig string
+	// Namespace is that of the driver in the cluster; none is that of the pod.
+	Namespace string
+	// NodeService is the headless Service of the nodes' drivers, and
+	// NodeAccount the service account that they run with.
+	NodeService, NodeAccount string
+	// CASecret is the Secret in which the routers keep their authority.
+	CASecret string
 }
 
 // Validate checks what the flags alone can tell. The error names the flag.
@@ -78,11 +117,14 @@ func (o RouterOptions) Validate() error {
 	if err := validateProcess(o.Endpoint, o.MetricsAddress, o.ShutdownTimeout); err != nil {
 		return err
 	}
-	if o.TLSDir == "" {
-		return errors.New("--tls-dir: must name the directory of the credentials")
+	if err := validateTrust(o.TLSDir, o.Kubernetes, o.Kubeconfig); err != nil {
+		return err
+	}
+	if o.Kubernetes {
+		return o.validateKubernetes()
 	}
 	if len(o.Nodes) == 0 {
-		return errors.New("--node: must name at least one node, as name=host:port")
+		return errors.New("--node: must name at least one node, as name=host:port; or give --kubernetes, and they are found")
 	}
 	for name, address := range o.Nodes {
 		if _, err := pool.NodeSegment(name); err != nil {
@@ -90,6 +132,20 @@ func (o RouterOptions) Validate() error {
 		}
 		if _, _, err := net.SplitHostPort(address); err != nil {
 			return fmt.Errorf("--node %s: %w; give name=host:port", name, err)
+		}
+	}
+	return nil
+}
+
+func (o RouterOptions) validateKubernetes() error {
+	if len(o.Nodes) > 0 {
+		return errors.New("--node and --kubernetes: give one of them")
+	}
+	for flag, value := range map[string]string{
+		"--node-service": o.NodeService, "--node-service-account": o.NodeAccount, "--ca-secret": o.CASecret,
+	} {
+		if value == "" {
+			return fmt.Errorf("%s: must have a name", flag)
 		}
 	}
 	return nil

@@ -9,28 +9,34 @@ import (
 	"google.golang.org/grpc/credentials"
 	"k8s.io/klog/v2"
 
+	"github.com/orlop-csi/orlop/pkg/cluster"
 	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/router"
 )
 
+// fleet is what a router must know of its nodes.
+type fleet struct {
+	nodes  router.Discovery
+	own    *peer.Credentials
+	health health
+	// parts keep that up to date; they may use the router.
+	parts func(*router.Server) []part
+}
+
 // Router serves CSI Identity and Controller for a fleet of nodes, until ctx is
 // done and the calls in flight have ended. Options must be valid.
 func Router(ctx context.Context, o RouterOptions) error {
-	own, err := peer.Load(o.TLSDir)
+	find := staticFleet
+	if o.Kubernetes {
+		find = clusterFleet
+	}
+	f, err := find(o)
 	if err != nil {
-		return fmt.Errorf("--tls-dir: %w", err)
+		return err
 	}
-	var nodes router.Static
-	for name, address := range o.Nodes {
-		segment, err := pool.NodeSegment(name)
-		if err != nil {
-			return fmt.Errorf("--node: %w", err)
-		}
-		nodes = append(nodes, router.Node{Segment: segment, Address: address})
-	}
-	service := router.New(nodes, func(segment string) credentials.TransportCredentials {
-		return credentials.NewTLS(own.Client(segment))
+	service := router.New(f.nodes, func(segment string) credentials.TransportCredentials {
+		return credentials.NewTLS(f.own.Client(segment))
 	})
 	defer service.Close()
 
@@ -40,7 +46,9 @@ func Router(ctx context.Context, o RouterOptions) error {
 	}
 	defer socket.Close()
 	var ready readiness
+	f.health.ready = &ready
 	registry, metrics := newRegistry(o.Version)
+	registry.MustRegister(certificateExpiry(f.own))
 	calls := newCalls(socket, metrics, &ready, o.ShutdownTimeout)
 	csi.RegisterIdentityServer(calls.server, &identity{version: o.Version, ready: &ready})
 	csi.RegisterControllerServer(calls.server, service)
@@ -52,8 +60,60 @@ func Router(ctx context.Context, o RouterOptions) error {
 		}
 		defer l.Close()
 		o.MetricsAddress = l.Addr().String()
-		parts = append(parts, (&web{listener: l, metrics: registry, ready: &ready}).serve)
+		parts = append(parts, (&web{listener: l, metrics: registry, health: &f.health}).serve)
 	}
-	klog.InfoS("Serving", "version", o.Version, "nodes", len(nodes), "endpoint", o.Endpoint, "metrics", o.MetricsAddress)
+	if f.parts != nil {
+		parts = append(parts, f.parts(service)...)
+	}
+	klog.InfoS("Serving", "version", o.Version, "kubernetes", o.Kubernetes, "nodes", len(o.Nodes), "endpoint", o.Endpoint, "metrics", o.MetricsAddress)
 	return run(ctx, append(parts, calls.serve)...)
+}
+
+// staticFleet is the nodes that were given, and credentials from files.
+func staticFleet(o RouterOptions) (*fleet, error) {
+	own, err := peer.Load(o.TLSDir)
+	if err != nil {
+		return nil, fmt.Errorf("--tls-dir: %w", err)
+	}
+	var nodes router.Static
+	for name, address := range o.Nodes {
+		segment, err := pool.NodeSegment(name)
+		if err != nil {
+			return nil, fmt.Errorf("--node: %w", err)
+		}
+		nodes = append(nodes, router.Node{Segment: segment, Address: address})
+	}
+	return &fleet{nodes: nodes, own: own}, nil
+}
+
+// clusterFleet is the nodes of a Kubernetes cluster, and credentials from an
+// authority that the routers keep there.
+func clusterFleet(o RouterOptions) (*fleet, error) {
+	client, err := cluster.Connect(o.Kubeconfig, userAgent(o.Version))
+	if err != nil {
+		return nil, fmt.Errorf("--kubernetes: %w", err)
+	}
+	if o.Namespace == "" {
+		if o.Namespace, err = cluster.Namespace(); err != nil {
+			return nil, fmt.Errorf("--namespace: %w", err)
+		}
+	}
+	nodes, err := client.Fleet(Name, o.Namespace, o.NodeService)
+	if err != nil {
+		return nil, err
+	}
+	keeper := client.Keeper(o.Namespace, o.CASecret, report)
+	f := &fleet{nodes: nodes, own: peer.New(keeper.Keys)}
+	f.health.awaited = []func() error{nodes.Problem, keeper.Problem}
+	f.parts = func(s *router.Server) []part {
+		return []part{
+			nodes.Run,
+			keeper.Run,
+			func(ctx context.Context) error {
+				return client.Sign(ctx, keeper, o.Namespace, o.NodeAccount, report)
+			},
+			func(ctx context.Context) error { return client.Untaint(ctx, nodes, s.Answers, report) },
+		}
+	}
+	return f, nil
 }

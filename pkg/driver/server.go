@@ -124,11 +124,39 @@ func (c *calls) serve(ctx context.Context) error {
 	return fmt.Errorf("%d calls had not ended after %s and were cut off", cut, c.drain)
 }
 
+// health is what the process tells of itself to those who run it.
+type health struct {
+	ready *readiness
+	// broken tells what a restart may mend.
+	broken []func() error
+	// awaited tells what the driver can do without for a while, but does not
+	// do all its work without.
+	awaited []func() error
+}
+
+// reason tells why the process is not healthy, or, of those that are awaited,
+// not ready; none is that it is.
+func (h *health) reason(awaited bool) string {
+	if reason := h.ready.reason(); reason != "" {
+		return reason
+	}
+	checks := h.broken
+	if awaited {
+		checks = slices.Concat(h.broken, h.awaited)
+	}
+	for _, check := range checks {
+		if err := check(); err != nil {
+			return err.Error()
+		}
+	}
+	return ""
+}
+
 // web serves metrics and health over HTTP.
 type web struct {
 	listener net.Listener
 	metrics  *prometheus.Registry
-	ready    *readiness
+	health   *health
 }
 
 // The bounds of an HTTP request and of its handler.
@@ -145,13 +173,15 @@ func (w *web) handler() http.Handler {
 		MaxRequestsInFlight: maxWebScrapes,
 		Timeout:             webTimeout,
 	}))
-	mux.HandleFunc("GET /healthz", func(out http.ResponseWriter, _ *http.Request) {
-		if reason := w.ready.reason(); reason != "" {
-			http.Error(out, reason, http.StatusServiceUnavailable)
-			return
-		}
-		fmt.Fprintln(out, "ok")
-	})
+	for path, awaited := range map[string]bool{"GET /healthz": false, "GET /readyz": true} {
+		mux.HandleFunc(path, func(out http.ResponseWriter, _ *http.Request) {
+			if reason := w.health.reason(awaited); reason != "" {
+				http.Error(out, reason, http.StatusServiceUnavailable)
+				return
+			}
+			fmt.Fprintln(out, "ok")
+		})
+	}
 	return mux
 }
 

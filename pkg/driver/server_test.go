@@ -182,7 +182,7 @@ func TestAPartThatFailsEndsTheOthers(t *testing.T) {
 func TestHealthzSaysWhyNot(t *testing.T) {
 	ready := &readiness{}
 	registry, _ := newRegistry("v1.2.3")
-	server := httptest.NewServer((&web{metrics: registry, ready: ready}).handler())
+	server := httptest.NewServer((&web{metrics: registry, health: &health{ready: ready}}).handler())
 	defer server.Close()
 	get := func(path string) (int, string) {
 		t.Helper()
@@ -225,7 +225,9 @@ func TestTheWebServerEndsWithItsContext(t *testing.T) {
 	}
 	ctx, stop := context.WithCancel(t.Context())
 	ended := make(chan error, 1)
-	go func() { ended <- (&web{listener: l, metrics: registry, ready: &readiness{}}).serve(ctx) }()
+	go func() {
+		ended <- (&web{listener: l, metrics: registry, health: &health{ready: &readiness{}}}).serve(ctx)
+	}()
 	r, err := http.Get("http://" + l.Addr().String() + "/healthz")
 	if err != nil {
 		t.Fatal(err)

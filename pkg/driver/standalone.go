@@ -12,13 +12,13 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/prometheus/client_golang/prometheus"
 	"google.golang.org/grpc"
-	"google.golang.org/grpc/credentials"
 	"k8s.io/klog/v2"
 
+	"github.com/orlop-csi/orlop/pkg/cluster"
 	"github.com/orlop-csi/orlop/pkg/config"
 	"github.com/orlop-csi/orlop/pkg/controller"
+	"github.com/orlop-csi/orlop/pkg/kubelet"
 	"github.com/orlop-csi/orlop/pkg/node"
-	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/pool/image"
 )
@@ -31,6 +31,10 @@ type standalone struct {
 	ready    readiness
 	calls    *calls
 	peer     *calls // for the router; nil if there is none
+	health   health
+
+	certificate  *cluster.Certificate  // nil if it comes from files
+	registration *kubelet.Registration // nil if there is no kubelet
 }
 
 // Standalone serves every CSI service for the pools of one machine, until ctx is
@@ -51,7 +55,13 @@ func Standalone(ctx context.Context, o Options) error {
 
 	registry, metrics := newRegistry(o.Version)
 	s := &standalone{options: o, config: c, registry: registry}
+	s.health.ready = &s.ready
 	s.calls = newCalls(socket, metrics, &s.ready, o.ShutdownTimeout)
+	if o.KubeletRegistration != "" {
+		if err := s.registerWithKubelet(); err != nil {
+			return err
+		}
+	}
 	if o.PeerAddress != "" {
 		l, err := s.listenForRouter(ctx, metrics)
 		if err != nil {
@@ -67,7 +77,7 @@ func Standalone(ctx context.Context, o Options) error {
 		}
 		defer l.Close()
 		s.options.MetricsAddress = l.Addr().String() // with the port, where 0 asked for any
-		parts = append(parts, (&web{listener: l, metrics: registry, ready: &s.ready}).serve)
+		parts = append(parts, (&web{listener: l, metrics: registry, health: &s.health}).serve)
 	}
 	return run(ctx, append(parts, s.serve)...)
 }
@@ -116,6 +126,12 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 		csi.RegisterControllerServer(s.peer.server, controllerService)
 		serve = append(serve, s.peer.serve)
 	}
+	if s.certificate != nil {
+		serve = append(serve, s.certificate.Run)
+	}
+	if s.registration != nil { // when everything else is ready; and withdrawn first
+		serve = append(serve, s.registration.Serve)
+	}
 
 	collector := poolCollector[pool.Engine](engines)
 	s.registry.MustRegister(collector)
@@ -134,9 +150,9 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 // listenForRouter opens the port on which the router, and nobody else, can call
 // this node.
 func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) (net.Listener, error) {
-	own, err := peer.Load(s.options.TLSDir)
+	own, err := s.nodeCredentials()
 	if err != nil {
-		return nil, fmt.Errorf("--tls-dir: %w", err)
+		return nil, err
 	}
 	var config net.ListenConfig
 	l, err := config.Listen(ctx, "tcp", s.options.PeerAddress)
@@ -144,7 +160,7 @@ func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) 
 		return nil, fmt.Errorf("--peer-address: %w", err)
 	}
 	s.options.PeerAddress = l.Addr().String() // with the port, where 0 asked for any
-	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, grpc.Creds(credentials.NewTLS(own.Server())))
+	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, grpc.Creds(own))
 	return l, nil
 }
 

@@ -11,20 +11,8 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
-	"io/fs"
 	"net/url"
-	"os"
-	"path/filepath"
-	"sync"
 	"time"
-)
-
-// The files of a directory of credentials, named as in a Kubernetes Secret of
-// type kubernetes.io/tls with its authority.
-const (
-	certificateFile = "tls.crt"
-	keyFile         = "tls.key"
-	authorityFile   = "ca.crt"
 )
 
 // Scheme is that of the URI by which a certificate tells whose it is, in its
@@ -39,80 +27,31 @@ func Node(segment string) *url.URL {
 	return &url.URL{Scheme: Scheme, Host: "node", Path: "/" + segment}
 }
 
-// Credentials are a certificate, its key, and the authority that both sides
-// trust. They are read anew for a handshake when their files have changed, so
-// that certificates can be renewed under a process that runs.
+// Keys are what one side of a connection shows and what it trusts.
+type Keys struct {
+	Certificate tls.Certificate // with its key
+	Trust       *x509.CertPool  // the authority, or while it changes the authorities
+}
+
+// Credentials give TLS configurations for both sides. They are asked for their
+// keys at each handshake, so that certificates can be renewed under a process
+// that runs.
 type Credentials struct {
-	dir string
-
-	mu     sync.Mutex
-	stamps [3]stamp
-	keys   tls.Certificate
-	trust  *x509.CertPool
+	current func() (Keys, error)
 }
 
-// stamp tells one state of a file from another.
-type stamp struct {
-	modified time.Time
-	size     int64
-}
+// New makes credentials of keys that change. While current gives an error, no
+// handshake succeeds.
+func New(current func() (Keys, error)) *Credentials { return &Credentials{current} }
 
-// Load reads the credentials in a directory: tls.crt, tls.key and ca.crt, in
-// PEM.
-func Load(dir string) (*Credentials, error) {
-	c := &Credentials{dir: dir}
-	_, _, err := c.current()
-	return c, err
-}
-
-// current gives the credentials as they are in the files now. While the files
-// cannot be read, or do not fit together because they are just being replaced,
-// those that were read before go on being used.
-func (c *Credentials) current() (tls.Certificate, *x509.CertPool, error) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	stamps, err := c.look()
-	if err == nil && stamps != c.stamps {
-		err = c.read()
-		if err == nil {
-			c.stamps = stamps
-		}
+// Expires is when the certificate that is shown now is no longer good; zero if
+// there is none.
+func (c *Credentials) Expires() time.Time {
+	keys, err := c.current()
+	if err != nil || keys.Certificate.Leaf == nil {
+		return time.Time{}
 	}
-	if err != nil && c.trust == nil {
-		return tls.Certificate{}, nil, err
-	}
-	return c.keys, c.trust, nil
-}
-
-func (c *Credentials) look() (stamps [3]stamp, err error) {
-	for i, name := range []string{certificateFile, keyFile, authorityFile} {
-		info, err := os.Stat(filepath.Join(c.dir, name))
-		if errors.Is(err, fs.ErrNotExist) {
-			return stamps, fmt.Errorf("%s has no %s; it needs %s, %s and %s", c.dir, name, certificateFile, keyFile, authorityFile)
-		}
-		if err != nil {
-			return stamps, err
-		}
-		stamps[i] = stamp{info.ModTime(), info.Size()}
-	}
-	return stamps, nil
-}
-
-func (c *Credentials) read() error {
-	keys, err := tls.LoadX509KeyPair(filepath.Join(c.dir, certificateFile), filepath.Join(c.dir, keyFile))
-	if err != nil {
-		return fmt.Errorf("%s and %s in %s: %w", certificateFile, keyFile, c.dir, err)
-	}
-	authority, err := os.ReadFile(filepath.Join(c.dir, authorityFile))
-	if err != nil {
-		return err
-	}
-	trust := x509.NewCertPool()
-	if !trust.AppendCertsFromPEM(authority) {
-		return fmt.Errorf("%s in %s holds no certificate", authorityFile, c.dir)
-	}
-	c.keys, c.trust = keys, trust
-	return nil
+	return keys.Certificate.Leaf.NotAfter
 }
 
 // Server is for listening: it accepts the router and nobody else.
@@ -121,8 +60,8 @@ func (c *Credentials) Server() *tls.Config {
 		MinVersion: tls.VersionTLS13,
 		ClientAuth: tls.RequireAnyClientCert, // and VerifyConnection judges it
 		GetCertificate: func(*tls.ClientHelloInfo) (*tls.Certificate, error) {
-			keys, _, err := c.current()
-			return &keys, err
+			keys, err := c.current()
+			return &keys.Certificate, err
 		},
 		VerifyConnection: func(s tls.ConnectionState) error {
 			return c.verify(s, Controller(), x509.ExtKeyUsageClientAuth)
@@ -139,8 +78,8 @@ func (c *Credentials) Client(segment string) *tls.Config {
 		// chain, on every handshake.
 		InsecureSkipVerify: true, //nolint:gosec // see above
 		GetClientCertificate: func(*tls.CertificateRequestInfo) (*tls.Certificate, error) {
-			keys, _, err := c.current()
-			return &keys, err
+			keys, err := c.current()
+			return &keys.Certificate, err
 		},
 		VerifyConnection: func(s tls.ConnectionState) error {
 			return c.verify(s, Node(segment), x509.ExtKeyUsageServerAuth)
@@ -151,7 +90,7 @@ func (c *Credentials) Client(segment string) *tls.Config {
 // verify checks that the other side has a certificate of our authority, valid
 // now, for this use, and for the one that is meant.
 func (c *Credentials) verify(s tls.ConnectionState, meant *url.URL, usage x509.ExtKeyUsage) error {
-	_, trust, err := c.current()
+	keys, err := c.current()
 	if err != nil {
 		return err
 	}
@@ -162,7 +101,7 @@ func (c *Credentials) verify(s tls.ConnectionState, meant *url.URL, usage x509.E
 	for _, certificate := range s.PeerCertificates[1:] {
 		intermediates.AddCert(certificate)
 	}
-	if _, err := leaf.Verify(x509.VerifyOptions{Roots: trust, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
+	if _, err := leaf.Verify(x509.VerifyOptions{Roots: keys.Trust, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
 		return fmt.Errorf("the peer's certificate: %w", err)
 	}
 	for _, name := range leaf.URIs {

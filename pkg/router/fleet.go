@@ -19,7 +19,9 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
+	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/status"
 
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
@@ -34,7 +36,7 @@ var reconnect = grpc.WithConnectParams(grpc.ConnectParams{
 // Node is one node of the fleet.
 type Node struct {
 	Segment string // of the topology and of IDs; see pool.NodeSegment
-	Address string // host:port at which its driver serves peers
+	Address string // host:port at which its driver serves peers; empty while it does not
 }
 
 // Discovery tells which nodes there are. A node that is down is still one: calls
@@ -67,6 +69,17 @@ type member struct {
 	csi.ControllerClient
 }
 
+// absent is in the place of a connection to a node whose driver does not run.
+type absent struct{}
+
+func (absent) Invoke(context.Context, string, any, any, ...grpc.CallOption) error {
+	return status.Error(codes.Unavailable, "its driver does not run at present")
+}
+
+func (a absent) NewStream(ctx context.Context, _ *grpc.StreamDesc, method string, _ ...grpc.CallOption) (grpc.ClientStream, error) {
+	return nil, a.Invoke(ctx, method, nil, nil)
+}
+
 // list gives all nodes, ordered by segment.
 func (f *fleet) list(ctx context.Context) ([]member, error) {
 	nodes, err := f.discovery.Nodes(ctx)
@@ -79,6 +92,10 @@ func (f *fleet) list(ctx context.Context) ([]member, error) {
 	f.forget(nodes)
 	members := make([]member, 0, len(nodes))
 	for _, n := range nodes {
+		if n.Address == "" {
+			members = append(members, member{n, csi.NewControllerClient(absent{})})
+			continue
+		}
 		connection, ok := f.connections[n]
 		if !ok {
 			if connection, err = grpc.NewClient(n.Address, grpc.WithTransportCredentials(f.credentials(n.Segment)), reconnect); err != nil {

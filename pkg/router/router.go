@@ -29,6 +29,21 @@ func New(d Discovery, nodeCredentials func(segment string) credentials.Transport
 // Close ends the connections to the nodes.
 func (s *Server) Close() error { return s.fleet.close() }
 
+// Answers reports whether the driver of a node serves the router; nil if so.
+func (s *Server) Answers(ctx context.Context, segment string) error {
+	members, err := s.fleet.list(ctx)
+	if err != nil {
+		return err
+	}
+	for _, m := range members {
+		if m.Segment == segment {
+			_, err := m.ControllerGetCapabilities(ctx, &csi.ControllerGetCapabilitiesRequest{})
+			return at(m, err)
+		}
+	}
+	return pool.Errorf(pool.ErrNotFound, "there is no node %s", segment)
+}
+
 // ControllerGetCapabilities implements csi.ControllerServer: what the nodes can
 // do, the router can.
 func (s *Server) ControllerGetCapabilities(context.Context, *csi.ControllerGetCapabilitiesRequest) (*csi.ControllerGetCapabilitiesResponse, error) {

@@ -15,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"time"
 
@@ -108,15 +109,14 @@ func (n *Certificate) Run(ctx context.Context) error {
 			}
 		}
 		err := n.request(ctx)
-		switch {
-		case ctx.Err() != nil:
-			return nil
-		case err == nil:
+		if err == nil {
 			failures = 0
 			n.report("A certificate was received", nil, "identity", n.identity.String(), "until", n.until())
 			continue
 		}
-		n.report("Asking for a certificate", err, "identity", n.identity.String())
+		if ctx.Err() == nil {
+			n.report("Asking for a certificate", err, "identity", n.identity.String())
+		}
 		delay := min(firstRetry<<min(failures, 10), lastRetry)
 		failures++
 		select {
@@ -194,7 +194,7 @@ func (n *Certificate) request(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	both := append(secret, chain...)
+	both := slices.Concat(secret, chain)
 	if err := n.take(both, time.Now()); err != nil {
 		return fmt.Errorf("the certificate that was issued for request %s: %w", request.Name, err)
 	}

@@ -3,14 +3,15 @@ package cluster
 import (
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
+	"slices"
 	"sync"
 	"time"
 
 	core "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -31,7 +32,8 @@ type Keeper struct {
 	authority *authority      // as it is in the Secret; nil until that was read
 	own       tls.Certificate // the router's own, of that authority
 	problem   error           // why there is no authority
-	known     chan struct{}   // closed when there is one
+
+	known chan struct{} // closed when there is an authority
 }
 
 // Keeper prepares the keeping of an authority in that Secret.
@@ -162,7 +164,7 @@ func (k *Keeper) adopt(a *authority) {
 	if k.authority == nil {
 		close(k.known)
 	}
-	if k.authority == nil || !equality.Semantic.DeepEqual(k.authority.trusted(), a.trusted()) {
+	if k.authority == nil || !slices.EqualFunc(k.authority.trusted(), a.trusted(), (*x509.Certificate).Equal) {
 		k.authority, k.own = a, tls.Certificate{}
 	}
 	k.problem = nil

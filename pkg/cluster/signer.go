@@ -125,6 +125,11 @@ func (c *Client) Sign(ctx context.Context, k *Keeper, namespace, account string,
 	s := &signer{c, k, "system:serviceaccount:" + namespace + ":" + account, requests.GetStore(), report}
 	return run(ctx, func(ctx context.Context) error {
 		defer context.AfterFunc(ctx, queue.ShutDown)()
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-k.known: // there is nothing to sign with before
+		}
 		for {
 			name, shutdown := queue.Get()
 			if shutdown {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"os"
 	"regexp"
 	"slices"
 	"strings"
@@ -38,10 +39,10 @@ func TestEveryValueMakesObjectsOfTheAPI(t *testing.T) {
 
 func TestSwitchesLeaveNothingBehind(t *testing.T) {
 	for text, gone := range map[string]string{
-		"snapshots: {enabled: false}":      "(?i)snapshot",
-		"networkPolicy: {enabled: false}":  "NetworkPolicy",
-		"storageClasses: []":               "StorageClass/",
-		"snapshots: {classes: []}":         "VolumeSnapshotClass/",
+		"snapshots: {enabled: false}":     "(?i)snapshot",
+		"networkPolicy: {enabled: false}": "NetworkPolicy",
+		"storageClasses: []":              "StorageClass/",
+		"snapshots: {classes: []}":        "VolumeSnapshotClass/",
 	} {
 		for name, object := range chartObjects(t, parseValues(t, text)) {
 			if regexp.MustCompile(gone).MatchString(name) {
@@ -66,7 +67,7 @@ func TestTheSchemaRefuses(t *testing.T) {
 		"node: {maxUnavailable: 0}",
 		"node: {maxUnavailable: 0%}",
 		"controller: {replicas: 0}",
-		"controller: {orphanGracePeriod: 60}",
+		"podMonitor: {interval: 60}",
 		"log: {format: xml}",
 		"image: {tag: 1.0}",
 		"pools: []",
@@ -135,6 +136,29 @@ func TestWhatPoolsNeedIsMounted(t *testing.T) {
 		}
 		if !slices.Equal(got, want) {
 			t.Errorf("%s mounts %v for its pools, not %v", workload, got, want)
+		}
+	}
+}
+
+// TestTheDriverHasTheFlags: those of the manifests are in the driver's own
+// reference, for the mode that the container runs.
+func TestTheDriverHasTheFlags(t *testing.T) {
+	reference, err := os.ReadFile("../../docs/reference.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for workload, spec := range podSpecs(chartObjects(t, nil)) {
+		args := spec.Containers[0].Args
+		_, section, found := strings.Cut(string(reference), "\n## csi-driver "+args[0]+"\n")
+		if !found {
+			t.Fatalf("%s runs csi-driver %s, which the reference has not", workload, args[0])
+		}
+		section, _, _ = strings.Cut(section, "\n## ")
+		for _, arg := range args[1:] {
+			flag, _, _ := strings.Cut(arg, "=")
+			if !regexp.MustCompile("`" + flag + "[ `]").MatchString(section) {
+				t.Errorf("%s: csi-driver %s has no flag %s", workload, args[0], flag)
+			}
 		}
 	}
 }

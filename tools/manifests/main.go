@@ -114,4 +114,3 @@ func tidy(text string) string {
 	}
 	return strings.Join(lines, "\n") + "\n"
 }
-

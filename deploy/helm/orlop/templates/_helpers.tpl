@@ -36,9 +36,9 @@ the pools and the state directory.
 {{- $directories := list }}
 {{- range .pools }}
 {{- $directory := "" }}
-{{- if .source.file }}
+{{- if hasKey .source "file" }}
 {{- $directory = dir .source.file.path }}
-{{- else if .source.directory }}
+{{- else if hasKey .source "directory" }}
 {{- $directory = clean .source.directory }}
 {{- end }}
 {{- if and $directory (ne $directory $.stateDir) (not (hasPrefix (printf "%s/" $.stateDir) $directory)) }}

@@ -229,9 +229,12 @@ func (s *Server) ValidateVolumeCapabilities(_ context.Context, r *csi.ValidateVo
 }
 
 // ControllerGetVolume implements csi.ControllerServer.
-func (s *Server) ControllerGetVolume(_ context.Context, r *csi.ControllerGetVolumeRequest) (*csi.ControllerGetVolumeResponse, error) {
+func (s *Server) ControllerGetVolume(ctx context.Context, r *csi.ControllerGetVolumeRequest) (*csi.ControllerGetVolumeResponse, error) {
 	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
+	}
+	if s.pools.Holds(r.GetVolumeId()) {
+		request.TellHoldsPool(ctx)
 	}
 	_, v, err := s.pools.Volume(r.GetVolumeId())
 	if err != nil {

@@ -33,6 +33,7 @@ var chatter = map[string]bool{
 	"GetPluginCapabilities":      true,
 	"Probe":                      true,
 	"ControllerGetCapabilities":  true,
+	"ControllerGetVolume":        true,
 	"ControllerListVolumeHealth": true,
 	"GetCapacity":                true,
 	"ListSnapshots":              true,

@@ -21,6 +21,7 @@ import (
 	"github.com/orlop-csi/orlop/pkg/node"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/pool/image"
+	"github.com/orlop-csi/orlop/pkg/router"
 )
 
 // standalone is a driver with every service on one socket.
@@ -160,7 +161,7 @@ func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) 
 		return nil, fmt.Errorf("--peer-address: %w", err)
 	}
 	s.options.PeerAddress = l.Addr().String() // with the port, where 0 asked for any
-	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, grpc.Creds(own))
+	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, append(router.ServerOptions(), grpc.Creds(own))...)
 	return l, nil
 }
 

@@ -78,6 +78,13 @@ func (s *Set) engineByID(poolID string) Engine {
 	return nil
 }
 
+// Holds reports whether the pool is here in which a volume or snapshot with that
+// ID was made. If it is, that is nowhere else.
+func (s *Set) Holds(id string) bool {
+	parsed, err := ParseID(id)
+	return err == nil && s.engineByID(parsed.Pool) != nil
+}
+
 // Volume finds a volume by its ID. An ID that no volume has, or that cannot be
 // one, is ErrNotFound.
 func (s *Set) Volume(id string) (Engine, Volume, error) {

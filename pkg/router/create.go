@@ -3,10 +3,12 @@ package router
 import (
 	"cmp"
 	"context"
+	"errors"
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
+	"google.golang.org/protobuf/proto"
 
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/request"
@@ -14,22 +16,34 @@ import (
 
 // CreateVolume implements csi.ControllerServer.
 //
-// If one node is named, as by a scheduler that waits for the first consumer, it
-// is that one. Otherwise the nodes are asked first whether one has a volume of
-// that name already, for a retry must find what the first try made, and only
-// then the one with most room is taken. Should a node not answer that might
-// have it, the answer is UNAVAILABLE: rather later than twice.
+// If only one node is allowed, as by a scheduler that waits for the first
+// consumer, it is that one, and no other is asked. Otherwise the nodes are asked
+// first whether one has a volume of that name already, for a retry must find
+// what the first try made. Should a node not answer that might have it, the
+// answer is UNAVAILABLE: rather later than twice. Only then one is picked: in
+// the order in which the orchestrator prefers them, and else the one with most
+// room.
+//
+// A retry that allows only another node than the first try did makes the volume
+// there. What the first try may have made has never been handed out, is where
+// this volume must not be, and is left to be reported as an orphan: nothing is
+// removed on a guess.
 func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	if err := request.Required("name", r.GetName()); err != nil {
 		return nil, err
 	}
+	end, err := s.names.Begin("volume "+r.GetName(), pool.Create)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	candidates, err := s.candidates(ctx, r)
 	if err != nil {
 		return nil, err
 	}
 	if len(candidates) == 1 {
 		response, err := candidates[0].CreateVolume(ctx, r)
-		return response, at(candidates[0], err)
+		return response, at(ctx, candidates[0], err)
 	}
 	existing, err := find(ctx, candidates, "volume "+r.GetName(), func(ctx context.Context, m member) (*csi.CreateVolumeResponse, error) {
 		return m.CreateVolume(request.WithExistingOnly(ctx), r)
@@ -37,85 +51,138 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 	if err != nil || existing != nil {
 		return existing, err
 	}
-	roomiest, err := rank(ctx, candidates, r)
-	if err != nil {
-		return nil, err
-	}
-	response, err := roomiest.CreateVolume(ctx, r)
-	return response, at(roomiest, err)
+	return place(ctx, candidates, r)
 }
 
 // candidates are the nodes where a volume can be made: those that the topology
-// allows, and of these the one that has the source if there is one.
+// allows, and of these the one that has the source's pool if there is a source.
 func (s *Server) candidates(ctx context.Context, r *csi.CreateVolumeRequest) ([]member, error) {
 	members, err := s.fleet.list(ctx)
 	if err != nil {
 		return nil, err
 	}
+	if len(members) == 0 {
+		return nil, pool.Errorf(pool.ErrUnavailable, "there is no node yet that could hold volume %s", r.GetName())
+	}
 	members = slices.DeleteFunc(members, func(m member) bool {
 		return !request.Reachable(r.GetAccessibilityRequirements(), m.Segment)
 	})
-	if source := r.GetVolumeContentSource(); source != nil && len(members) > 0 {
-		owner, err := s.sourceOwner(ctx, source)
-		if err != nil {
-			return nil, err
-		}
-		members = slices.DeleteFunc(members, func(m member) bool { return m.Segment != owner.Segment })
-		if len(members) == 0 {
-			return nil, pool.Errorf(pool.ErrNoSpace, "the source is on node %s, which accessibility_requirements do not allow", owner.Segment)
-		}
-	}
 	if len(members) == 0 {
 		return nil, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements allow no node that there is")
+	}
+	source := r.GetVolumeContentSource()
+	if source == nil {
+		return members, nil
+	}
+	owner, err := s.sourceOwner(ctx, source)
+	if err != nil {
+		return nil, err
+	}
+	members = slices.DeleteFunc(members, func(m member) bool { return m.Segment != owner.Segment })
+	if len(members) == 0 {
+		return nil, pool.Errorf(pool.ErrNoSpace, "the source is on node %s, which accessibility_requirements do not allow", owner.Segment)
 	}
 	return members, nil
 }
 
 func (s *Server) sourceOwner(ctx context.Context, source *csi.VolumeContentSource) (member, error) {
-	if id := source.GetSnapshot().GetSnapshotId(); id != "" {
-		return s.snapshotOwner(ctx, id)
-	}
-	id := source.GetVolume().GetVolumeId()
+	id := cmp.Or(source.GetSnapshot().GetSnapshotId(), source.GetVolume().GetVolumeId())
 	if err := request.Required("volume_content_source", id); err != nil {
 		return member{}, err
 	}
-	return s.volumeOwner(ctx, id)
+	return s.owner(ctx, id)
 }
 
 // find asks all nodes for something that exists, and gives it, or nil if none
-// has it. An answer that is neither yes nor no is an error.
+// has it. Unless one has it, an answer that is neither yes nor no is
+// pool.ErrUnavailable.
 func find[T any](ctx context.Context, members []member, what string, call func(context.Context, member) (*T, error)) (*T, error) {
-	var unclear error
-	for _, a := range ask(ctx, members, call) {
+	answers := ask(ctx, members, call)
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	var refused, unclear error
+	for _, a := range answers {
 		switch {
 		case a.err == nil:
 			return a.value, nil
 		case is(a.err, codes.NotFound):
-		case is(a.err, codes.Unavailable), is(a.err, codes.DeadlineExceeded):
-			unclear = cmp.Or(unclear, pool.Errorf(pool.ErrUnavailable, "whether %s exists already is unknown: %w", what, a.err))
-		default: // such as ALREADY_EXISTS, or ABORTED: it is there, or is being made
-			return nil, a.err
+		case tells(a.err): // such as ALREADY_EXISTS, or ABORTED: it is being made
+			refused = cmp.Or(refused, a.err)
+		case unclear == nil:
+			unclear = pool.Errorf(pool.ErrUnavailable, "whether %s exists already is unknown: %w", what, a.err)
 		}
 	}
-	return nil, unclear
+	return nil, cmp.Or(refused, unclear)
 }
 
-// rank finds the node that has most room for a volume.
-func rank(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (member, error) {
+// place makes a volume that does not exist yet on the best of several nodes that
+// has room for it. That none has is RESOURCE_EXHAUSTED only if all say so.
+func place(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
 	answers := ask(ctx, members, func(ctx context.Context, m member) (*csi.GetCapacityResponse, error) {
 		return m.GetCapacity(ctx, &csi.GetCapacityRequest{
 			VolumeCapabilities: r.GetVolumeCapabilities(),
 			Parameters:         r.GetParameters(),
 		})
 	})
-	answered := slices.DeleteFunc(slices.Clone(answers), func(a answer[*csi.GetCapacityResponse]) bool { return a.err != nil })
-	if len(answered) == 0 {
-		return member{}, answers[0].err
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
 	}
-	best := slices.MaxFunc(answered, func(a, b answer[*csi.GetCapacityResponse]) int {
-		return cmp.Compare(a.value.GetAvailableCapacity(), b.value.GetAvailableCapacity())
+	var unclear error
+	for _, a := range answers {
+		if tells(a.err) && a.err != nil {
+			return nil, a.err // such as of parameters that make no sense
+		}
+		unclear = cmp.Or(unclear, a.err)
+	}
+	answers = slices.DeleteFunc(answers, func(a answer[*csi.GetCapacityResponse]) bool { return a.err != nil })
+	fits := func(a answer[*csi.GetCapacityResponse]) bool {
+		return a.value.GetMaximumVolumeSize().GetValue() >= r.GetCapacityRange().GetRequiredBytes()
+	}
+	slices.SortStableFunc(answers, func(a, b answer[*csi.GetCapacityResponse]) int {
+		return cmp.Or(
+			-compareBools(fits(a), fits(b)),
+			cmp.Compare(preference(r, a.Segment), preference(r, b.Segment)),
+			-cmp.Compare(a.value.GetAvailableCapacity(), b.value.GetAvailableCapacity()),
+		)
 	})
-	return best.member, nil
+	var full error
+	for i, a := range answers {
+		if i > 0 && !fits(a) {
+			break // the best was asked: it may just be getting room
+		}
+		response, err := a.CreateVolume(ctx, r)
+		if !is(err, codes.ResourceExhausted) {
+			return response, at(ctx, a.member, err)
+		}
+		full = cmp.Or(full, at(ctx, a.member, err))
+	}
+	if unclear != nil {
+		return nil, pool.Errorf(pool.ErrUnavailable, "no node that answers has room for volume %s: %w", r.GetName(), errors.Join(full, unclear))
+	}
+	return nil, full
+}
+
+// preference is where a node stands among those that the orchestrator would like
+// best; those that it does not name come after (CSI spec v1.13.0,
+// TopologyRequirement.preferred).
+func preference(r *csi.CreateVolumeRequest, segment string) int {
+	preferred := r.GetAccessibilityRequirements().GetPreferred()
+	if i := slices.IndexFunc(preferred, func(t *csi.Topology) bool { return request.Matches(t, segment) }); i >= 0 {
+		return i
+	}
+	return len(preferred)
+}
+
+func compareBools(a, b bool) int {
+	switch {
+	case a == b:
+		return 0
+	case a:
+		return 1
+	default:
+		return -1
+	}
 }
 
 // CreateSnapshot implements csi.ControllerServer. A snapshot is where its volume
@@ -128,7 +195,12 @@ func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotReques
 	if err := request.Required("source_volume_id", r.GetSourceVolumeId()); err != nil {
 		return nil, err
 	}
-	owner, err := s.volumeOwner(ctx, r.GetSourceVolumeId())
+	end, err := s.names.Begin("snapshot "+r.GetName(), pool.Create)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
+	owner, err := s.owner(ctx, r.GetSourceVolumeId())
 	if err != nil {
 		return nil, err
 	}
@@ -137,13 +209,15 @@ func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotReques
 		return nil, err
 	}
 	others := slices.DeleteFunc(members, func(m member) bool { return m.Segment == owner.Segment })
+	anywhere := proto.CloneOf(r) // the others are not where it is to be
+	anywhere.AccessibilityRequirements = nil
 	for _, a := range ask(ctx, others, func(ctx context.Context, m member) (*csi.CreateSnapshotResponse, error) {
-		return m.CreateSnapshot(request.WithExistingOnly(ctx), r)
+		return m.CreateSnapshot(request.WithExistingOnly(ctx), anywhere)
 	}) {
 		if is(a.err, codes.AlreadyExists) {
 			return nil, a.err
 		}
 	}
 	response, err := owner.CreateSnapshot(ctx, r)
-	return response, at(owner, err)
+	return response, at(ctx, owner, err)
 }

@@ -12,7 +12,7 @@ import (
 // DeleteVolume implements csi.ControllerServer. What was on a node that is gone
 // for good is gone with it, and is deleted as soon as it is asked for.
 func (s *Server) DeleteVolume(ctx context.Context, r *csi.DeleteVolumeRequest) (*csi.DeleteVolumeResponse, error) {
-	response, err := forward(ctx, r, "volume_id", r.GetVolumeId(), s.volumeOwner, csi.ControllerClient.DeleteVolume)
+	response, err := forward(ctx, s, r, "volume_id", r.GetVolumeId(), csi.ControllerClient.DeleteVolume)
 	if errors.Is(err, pool.ErrNotFound) {
 		return &csi.DeleteVolumeResponse{}, nil
 	}
@@ -21,7 +21,7 @@ func (s *Server) DeleteVolume(ctx context.Context, r *csi.DeleteVolumeRequest) (
 
 // DeleteSnapshot implements csi.ControllerServer, likewise.
 func (s *Server) DeleteSnapshot(ctx context.Context, r *csi.DeleteSnapshotRequest) (*csi.DeleteSnapshotResponse, error) {
-	response, err := forward(ctx, r, "snapshot_id", r.GetSnapshotId(), s.snapshotOwner, csi.ControllerClient.DeleteSnapshot)
+	response, err := forward(ctx, s, r, "snapshot_id", r.GetSnapshotId(), csi.ControllerClient.DeleteSnapshot)
 	if errors.Is(err, pool.ErrNotFound) {
 		return &csi.DeleteSnapshotResponse{}, nil
 	}

@@ -1,20 +1,39 @@
 package router
 
 import (
+	"context"
 	"fmt"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 )
 
-// at says in an error which node it comes from, and keeps its code.
-func at(m member, err error) error {
+// at says in an error which node it comes from, and keeps its code. A node or a
+// connection that gave up by itself, while the caller still waits, is
+// UNAVAILABLE: DEADLINE_EXCEEDED and CANCELLED are the caller's own.
+func at(ctx context.Context, m member, err error) error {
 	if err == nil {
 		return nil
 	}
 	s := status.Convert(err)
-	return status.Error(s.Code(), fmt.Sprintf("node %s: %s", m.Segment, s.Message()))
+	code := s.Code()
+	if ctx.Err() == nil && (code == codes.DeadlineExceeded || code == codes.Canceled) {
+		code = codes.Unavailable
+	}
+	return status.Error(code, fmt.Sprintf("node %s: %s", m.Segment, s.Message()))
 }
 
 // is reports whether a node answered with a code.
 func is(err error, code codes.Code) bool { return status.Code(err) == code }
+
+// tells reports whether an answer is the word of the node's service on what it
+// was asked, and not a sign that the question or the answer was lost.
+func tells(err error) bool {
+	switch status.Code(err) {
+	case codes.OK, codes.NotFound, codes.AlreadyExists, codes.Aborted, codes.DataLoss,
+		codes.InvalidArgument, codes.OutOfRange, codes.FailedPrecondition:
+		return true
+	default: // UNAVAILABLE, DEADLINE_EXCEEDED, INTERNAL as after a panic, …
+		return false
+	}
+}

@@ -3,8 +3,8 @@
 // call concerns, from the volume's ID or from where the volume may be, and
 // forwards the same call there.
 //
-// It keeps nothing: any number of routers can serve the same nodes at once. It
-// touches no disk.
+// It keeps nothing that it could not find again: any number of routers can
+// serve the same nodes at once. It touches no disk.
 package router
 
 import (
@@ -21,27 +21,66 @@ import (
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
-// reconnect is how soon a node that comes back is found: the library's own limit
-// is two minutes, through which every call to the node would fail.
-var reconnect = grpc.WithConnectParams(grpc.ConnectParams{
-	Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
-	MinConnectTimeout: 5 * time.Second,
-})
+// The bounds of what is asked of nodes.
+const (
+	// patience is how long a node may take over a question: whether it has
+	// something, what it has, how much room there is. Nodes answer those
+	// from memory. What makes or removes something takes as long as the
+	// caller waits.
+	patience = 10 * time.Second
+	// atOnce is how many nodes are asked at the same time.
+	atOnce = 64
+	// batch is how many entries of a list a node is asked for at once, so that
+	// an answer stays far below maxMessage.
+	batch = 1000
+	// maxMessage is the size of an answer in bytes. The library's own limit
+	// makes of a larger one a RESOURCE_EXHAUSTED, which to an orchestrator
+	// says that the disk is full.
+	maxMessage = 16 << 20
+)
+
+// dialOptions are those of every connection to a node.
+var dialOptions = []grpc.DialOption{
+	// How soon a node that comes back is found: the library's own limit is
+	// two minutes, through which every call to the node would fail.
+	grpc.WithConnectParams(grpc.ConnectParams{
+		Backoff:           backoff.Config{BaseDelay: 50 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+		MinConnectTimeout: 5 * time.Second,
+	}),
+	// How soon a node is given up that vanishes without closing its
+	// connections: what is sent to it must be acknowledged within Timeout
+	// (the library sets TCP_USER_TIMEOUT, RFC 5482), and a silence longer
+	// than Time is ended with a question.
+	grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 4 * time.Second, PermitWithoutStream: true}),
+	grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+}
+
+// ServerOptions are what a node's server must be told to get on with the
+// connections of a router.
+func ServerOptions() []grpc.ServerOption {
+	return []grpc.ServerOption{
+		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
+		// The calls of a router that vanished are given up, too.
+		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
+	}
+}
 
 // Node is one node of the fleet.
 type Node struct {
-	Segment string // of the topology and of IDs; see pool.NodeSegment
+	Segment string // of the topology and of IDs, unique in the fleet; see pool.NodeSegment
 	Address string // host:port at which its driver serves peers; empty while it does not
 }
 
 // Discovery tells which nodes there are. A node that is down is still one: calls
 // to it fail, and are repeated later. One that is not there any more is gone for
-// good, and its volumes with it.
+// good, and its volumes with it. While it does not know, as before it has read
+// the first list, it must be an error, not an empty fleet.
 type Discovery interface {
 	// Nodes lists the nodes; the slice is the caller's.
 	Nodes(ctx context.Context) ([]Node, error)
@@ -92,20 +131,29 @@ func (f *fleet) list(ctx context.Context) ([]member, error) {
 	f.forget(nodes)
 	members := make([]member, 0, len(nodes))
 	for _, n := range nodes {
-		if n.Address == "" {
-			members = append(members, member{n, csi.NewControllerClient(absent{})})
-			continue
-		}
-		connection, ok := f.connections[n]
-		if !ok {
-			if connection, err = grpc.NewClient(n.Address, grpc.WithTransportCredentials(f.credentials(n.Segment)), reconnect); err != nil {
-				return nil, fmt.Errorf("node %s at %s: %w", n.Segment, n.Address, err)
-			}
-			f.connections[n] = connection
+		connection, err := f.connect(n)
+		if err != nil {
+			return nil, fmt.Errorf("node %s at %s: %w", n.Segment, n.Address, err)
 		}
 		members = append(members, member{n, csi.NewControllerClient(connection)})
 	}
 	return members, nil
+}
+
+// connect gives the connection to a node. It is called with the lock held.
+func (f *fleet) connect(n Node) (grpc.ClientConnInterface, error) {
+	if n.Address == "" {
+		return absent{}, nil
+	}
+	if connection, ok := f.connections[n]; ok {
+		return connection, nil
+	}
+	connection, err := grpc.NewClient(n.Address, append(slices.Clip(dialOptions), grpc.WithTransportCredentials(f.credentials(n.Segment)))...)
+	if err != nil {
+		return nil, err
+	}
+	f.connections[n] = connection
+	return connection, nil
 }
 
 // forget closes the connections to nodes that are gone or have moved. It is
@@ -137,15 +185,25 @@ type answer[T any] struct {
 	err   error
 }
 
-// ask calls all nodes at once and gives their answers in the order of the
-// nodes.
+// question asks one node, and waits no longer than patience.
+func question[T any](ctx context.Context, m member, call func(context.Context, member) (T, error)) answer[T] {
+	patient, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	value, err := call(patient, m)
+	return answer[T]{m, value, at(ctx, m, err)}
+}
+
+// ask asks all nodes at once, or as good as that, and gives their answers in the
+// order of the nodes.
 func ask[T any](ctx context.Context, members []member, call func(context.Context, member) (T, error)) []answer[T] {
 	answers := make([]answer[T], len(members))
+	turns := make(chan struct{}, atOnce)
 	var calls sync.WaitGroup
 	for i, m := range members {
+		turns <- struct{}{}
 		calls.Go(func() {
-			value, err := call(ctx, m)
-			answers[i] = answer[T]{m, value, at(m, err)}
+			answers[i] = question(ctx, m, call)
+			<-turns
 		})
 	}
 	calls.Wait()

@@ -2,11 +2,13 @@ package router
 
 import (
 	"context"
+	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials"
+	"google.golang.org/grpc/metadata"
 
 	"github.com/orlop-csi/orlop/pkg/controller"
 	"github.com/orlop-csi/orlop/pkg/pool"
@@ -18,6 +20,9 @@ type Server struct {
 	csi.UnimplementedControllerServer
 
 	fleet fleet
+	// names keeps calls that make something of the same name from overlapping:
+	// each could find no trace of the other, and take another node.
+	names pool.Operations
 }
 
 // New makes the service. The credentials for a node must accept that node and
@@ -38,7 +43,7 @@ func (s *Server) Answers(ctx context.Context, segment string) error {
 	for _, m := range members {
 		if m.Segment == segment {
 			_, err := m.ControllerGetCapabilities(ctx, &csi.ControllerGetCapabilitiesRequest{})
-			return at(m, err)
+			return at(ctx, m, err)
 		}
 	}
 	return pool.Errorf(pool.ErrNotFound, "there is no node %s", segment)
@@ -50,13 +55,14 @@ func (s *Server) ControllerGetCapabilities(context.Context, *csi.ControllerGetCa
 	return controller.Capabilities(), nil
 }
 
-// owner finds the node that has the volume or snapshot with that ID. An ID tells
-// the node that it was made on. If that one is gone, its disks may yet live in
-// another: has is asked of all, and the one that says yes is it.
+// owner finds the node that has the pool of a volume or snapshot, by its ID;
+// whether that is still in the pool, the node knows. An ID tells the node that
+// it was made on, which is asked first. The disk may live in another by now,
+// whether or not the first is still there, so that then all are asked.
 //
-// It is pool.ErrNotFound if the ID cannot be one, or nobody has it; and
-// pool.ErrUnavailable if a node that might have it does not answer.
-func (s *Server) owner(ctx context.Context, id string, has func(context.Context, member) error) (member, error) {
+// It is pool.ErrNotFound if the ID cannot be one, or no node has the pool; and
+// pool.ErrUnavailable if one that might have it does not answer.
+func (s *Server) owner(ctx context.Context, id string) (member, error) {
 	parsed, err := pool.ParseID(id)
 	if err != nil {
 		return member{}, err
@@ -65,81 +71,86 @@ func (s *Server) owner(ctx context.Context, id string, has func(context.Context,
 	if err != nil {
 		return member{}, err
 	}
-	for _, m := range members {
-		if m.Segment == parsed.Node {
-			return m, nil
+	holds := func(ctx context.Context, m member) (bool, error) { return holds(ctx, m, id) }
+	what := "is gone"
+	if i := slices.IndexFunc(members, func(m member) bool { return m.Segment == parsed.Node }); i >= 0 {
+		a := question(ctx, members[i], holds)
+		if a.err != nil || a.value {
+			return members[i], a.err
 		}
+		members = slices.Delete(members, i, i+1)
+		what = "does not have its pool any more"
 	}
 	var unanswered error
-	for _, a := range ask(ctx, members, func(ctx context.Context, m member) (struct{}, error) {
-		return struct{}{}, has(ctx, m)
-	}) {
+	for _, a := range ask(ctx, members, holds) {
 		switch {
-		case a.err == nil:
+		case a.value:
 			return a.member, nil
-		case !is(a.err, codes.NotFound):
-			unanswered = pool.Errorf(pool.ErrUnavailable, "node %s, which made %s, is gone, and whether another has its disk is unknown: %w", parsed.Node, id, a.err)
+		case a.err != nil && unanswered == nil:
+			unanswered = pool.Errorf(pool.ErrUnavailable, "node %s, which made %s, %s, and whether another has the disk is unknown: %w", parsed.Node, id, what, a.err)
 		}
+	}
+	if ctx.Err() != nil {
+		return member{}, ctx.Err()
 	}
 	if unanswered != nil {
 		return member{}, unanswered
 	}
-	return member{}, pool.Errorf(pool.ErrNotFound, "%s does not exist: node %s is gone, and no other has its disk", id, parsed.Node)
+	return member{}, pool.Errorf(pool.ErrNotFound, "%s does not exist: node %s %s, and no other has the disk", id, parsed.Node, what)
 }
 
-func (s *Server) volumeOwner(ctx context.Context, id string) (member, error) {
-	return s.owner(ctx, id, func(ctx context.Context, m member) error {
-		_, err := m.ControllerGetVolume(ctx, &csi.ControllerGetVolumeRequest{VolumeId: id})
-		return err
-	})
-}
-
-func (s *Server) snapshotOwner(ctx context.Context, id string) (member, error) {
-	return s.owner(ctx, id, func(ctx context.Context, m member) error {
-		_, err := m.GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: id})
-		return err
-	})
+// holds asks a node whether it has the pool of a volume or snapshot.
+func holds(ctx context.Context, m member, id string) (bool, error) {
+	var trailer metadata.MD
+	_, err := m.ControllerGetVolume(ctx, &csi.ControllerGetVolumeRequest{VolumeId: id}, grpc.Trailer(&trailer))
+	switch {
+	case request.HoldsPool(trailer): // whatever else it says
+		return true, nil
+	case err == nil || is(err, codes.NotFound):
+		return false, nil
+	default:
+		return false, err
+	}
 }
 
 // forward makes a call on the node that has a volume or snapshot.
 func forward[Request, Response any](
-	ctx context.Context, r Request, field, id string,
-	owner func(context.Context, string) (member, error),
+	ctx context.Context, s *Server, r Request, field, id string,
 	call func(csi.ControllerClient, context.Context, Request, ...grpc.CallOption) (Response, error),
 ) (Response, error) {
 	var none Response
 	if err := request.Required(field, id); err != nil {
 		return none, err
 	}
-	m, err := owner(ctx, id)
+	m, err := s.owner(ctx, id)
 	if err != nil {
 		return none, err
 	}
 	response, err := call(m.ControllerClient, ctx, r)
-	return response, at(m, err)
+	return response, at(ctx, m, err)
 }
 
 // ControllerExpandVolume implements csi.ControllerServer.
 func (s *Server) ControllerExpandVolume(ctx context.Context, r *csi.ControllerExpandVolumeRequest) (*csi.ControllerExpandVolumeResponse, error) {
-	return forward(ctx, r, "volume_id", r.GetVolumeId(), s.volumeOwner, csi.ControllerClient.ControllerExpandVolume)
+	return forward(ctx, s, r, "volume_id", r.GetVolumeId(), csi.ControllerClient.ControllerExpandVolume)
 }
 
 // ValidateVolumeCapabilities implements csi.ControllerServer.
 func (s *Server) ValidateVolumeCapabilities(ctx context.Context, r *csi.ValidateVolumeCapabilitiesRequest) (*csi.ValidateVolumeCapabilitiesResponse, error) {
-	return forward(ctx, r, "volume_id", r.GetVolumeId(), s.volumeOwner, csi.ControllerClient.ValidateVolumeCapabilities)
+	return forward(ctx, s, r, "volume_id", r.GetVolumeId(), csi.ControllerClient.ValidateVolumeCapabilities)
 }
 
 // ControllerGetVolume implements csi.ControllerServer.
 func (s *Server) ControllerGetVolume(ctx context.Context, r *csi.ControllerGetVolumeRequest) (*csi.ControllerGetVolumeResponse, error) {
-	return forward(ctx, r, "volume_id", r.GetVolumeId(), s.volumeOwner, csi.ControllerClient.ControllerGetVolume)
+	return forward(ctx, s, r, "volume_id", r.GetVolumeId(), csi.ControllerClient.ControllerGetVolume)
 }
 
 // ControllerGetVolumeHealth implements csi.ControllerServer.
 func (s *Server) ControllerGetVolumeHealth(ctx context.Context, r *csi.ControllerGetVolumeHealthRequest) (*csi.ControllerGetVolumeHealthResponse, error) {
-	return forward(ctx, r, "volume_id", r.GetVolumeId(), s.volumeOwner, csi.ControllerClient.ControllerGetVolumeHealth)
+	return forward(ctx, s, r, "volume_id", r.GetVolumeId(), csi.ControllerClient.ControllerGetVolumeHealth)
 }
 
 // GetSnapshot implements csi.ControllerServer.
 func (s *Server) GetSnapshot(ctx context.Context, r *csi.GetSnapshotRequest) (*csi.GetSnapshotResponse, error) {
-	return forward(ctx, r, "snapshot_id", r.GetSnapshotId(), s.snapshotOwner, csi.ControllerClient.GetSnapshot)
+	return forward(ctx, s, r, "snapshot_id", r.GetSnapshotId(), csi.ControllerClient.GetSnapshot)
 }

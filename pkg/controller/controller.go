@@ -31,27 +31,34 @@ var capabilities = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_SINGLE_NODE_MULTI_WRITER,
 	csi.ControllerServiceCapability_RPC_GET_VOLUME_HEALTH,
 	csi.ControllerServiceCapability_RPC_LIST_VOLUME_HEALTH,
+	csi.ControllerServiceCapability_RPC_MODIFY_VOLUME,
 }
 
 // Server implements csi.ControllerServer over the pools of one node.
 type Server struct {
 	csi.UnimplementedControllerServer
 
-	pools   *pool.Set
-	segment string // the node's topology segment
+	pools    *pool.Set
+	enforcer Enforcer
+	segment  string // the node's topology segment
 
 	alive context.Context //nolint:containedctx // ends with Close; the work that outlives its call has it
 	close context.CancelFunc
 	work  sync.WaitGroup
 }
 
+// Enforcer makes changed limits hold for whoever uses a volume, at once.
+type Enforcer interface {
+	EnforceLimits(engine pool.Engine, v pool.Volume) error
+}
+
 // New makes the service. Close must be called before the pools are closed.
-func New(pools *pool.Set) (*Server, error) {
+func New(pools *pool.Set, enforcer Enforcer) (*Server, error) {
 	segment, err := pool.NodeSegment(pools.Node())
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{pools: pools, segment: segment}
+	s := &Server{pools: pools, enforcer: enforcer, segment: segment}
 	s.alive, s.close = context.WithCancel(context.Background())
 	return s, nil
 }

@@ -25,8 +25,9 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 	if err != nil {
 		return nil, err
 	}
-	if len(r.GetMutableParameters()) > 0 {
-		return nil, pool.Errorf(pool.ErrInvalid, "mutable_parameters are not supported")
+	limits, err := request.ChangeLimits(pool.Limits{}, r.GetMutableParameters())
+	if err != nil {
+		return nil, err
 	}
 	fsType, mkfs, err := request.Layout(capability, parameters)
 	if err != nil {
@@ -68,6 +69,7 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 			Filesystem:   string(fsType),
 			MkfsOptions:  strings.Join(mkfs, " "),
 			Source:       source,
+			Limits:       limits,
 		})
 	})
 	if err != nil {
@@ -221,10 +223,14 @@ func (s *Server) ValidateVolumeCapabilities(_ context.Context, r *csi.ValidateVo
 	if _, err := request.ParseParameters(r.GetParameters()); err != nil {
 		return &csi.ValidateVolumeCapabilitiesResponse{Message: request.Brief(err.Error())}, nil
 	}
+	if _, err := request.ChangeLimits(v.Limits, r.GetMutableParameters()); err != nil {
+		return &csi.ValidateVolumeCapabilitiesResponse{Message: request.Brief(err.Error())}, nil
+	}
 	return &csi.ValidateVolumeCapabilitiesResponse{Confirmed: &csi.ValidateVolumeCapabilitiesResponse_Confirmed{
 		VolumeContext:      r.GetVolumeContext(),
 		VolumeCapabilities: r.GetVolumeCapabilities(),
 		Parameters:         r.GetParameters(),
+		MutableParameters:  r.GetMutableParameters(),
 	}}, nil
 }
 

@@ -14,6 +14,7 @@ import (
 	"google.golang.org/grpc"
 	"k8s.io/klog/v2"
 
+	"github.com/orlop-csi/orlop/pkg/cgroup"
 	"github.com/orlop-csi/orlop/pkg/cluster"
 	"github.com/orlop-csi/orlop/pkg/config"
 	"github.com/orlop-csi/orlop/pkg/controller"
@@ -110,15 +111,17 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	if err != nil {
 		return fmt.Errorf("configuration %s: %w", s.options.ConfigFile, err)
 	}
-	controllerService, err := controller.New(set)
+	limiter := cgroup.NewLimiter(func(err error) { klog.ErrorS(err, "Limits of a new container") })
+	defer limiter.Close()
+	nodeService, err := node.New(set, limiter)
+	if err != nil {
+		return err
+	}
+	controllerService, err := controller.New(set, nodeService)
 	if err != nil {
 		return err
 	}
 	defer controllerService.Close()
-	nodeService, err := node.New(set)
-	if err != nil {
-		return err
-	}
 	csi.RegisterIdentityServer(s.calls.server, &identity{version: s.options.Version, ready: &s.ready})
 	csi.RegisterControllerServer(s.calls.server, controllerService)
 	csi.RegisterNodeServer(s.calls.server, nodeService)
@@ -137,6 +140,10 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	collector := poolCollector[pool.Engine](engines)
 	s.registry.MustRegister(collector)
 	defer s.registry.Unregister(collector)
+
+	for _, err := range nodeService.EnforceAllLimits() {
+		klog.ErrorS(err, "Limits of a volume in use")
+	}
 
 	// Only now, so that a start that fails says nothing but why.
 	for _, e := range engines {

@@ -40,16 +40,17 @@ type Server struct {
 	csi.UnimplementedNodeServer
 
 	pools   *pool.Set
+	limiter Limiter
 	segment string // the node's topology segment
 }
 
 // New makes the service.
-func New(pools *pool.Set) (*Server, error) {
+func New(pools *pool.Set, limiter Limiter) (*Server, error) {
 	segment, err := pool.NodeSegment(pools.Node())
 	if err != nil {
 		return nil, err
 	}
-	return &Server{pools: pools, segment: segment}, nil
+	return &Server{pools: pools, limiter: limiter, segment: segment}, nil
 }
 
 // NodeGetCapabilities implements csi.NodeServer.

@@ -51,6 +51,7 @@ func (s *Server) NodePublishVolume(ctx context.Context, r *csi.NodePublishVolume
 		return nil, err
 	}
 	p := publication{
+		limiter:      s.limiter,
 		engine:       engine,
 		volume:       v,
 		target:       target,
@@ -63,6 +64,7 @@ func (s *Server) NodePublishVolume(ctx context.Context, r *csi.NodePublishVolume
 
 // publication is one volume at one target path.
 type publication struct {
+	limiter         Limiter
 	engine          pool.Engine
 	volume          pool.Volume
 	target, staging string
@@ -81,7 +83,7 @@ func (p publication) publish(ctx context.Context) (err error) {
 		if here[0].ReadOnly != p.readOnly {
 			return pool.Errorf(pool.ErrExists, "volume %s is published at %s with another readonly", p.volume.ID, p.target)
 		}
-		return nil
+		return p.limit(here[0].device)
 	}
 	if len(elsewhere) > 0 && p.singleWriter {
 		return pool.Errorf(pool.ErrPrecondition, "volume %s has a single writer and is published at %s", p.volume.ID, paths(elsewhere))
@@ -90,9 +92,10 @@ func (p publication) publish(ctx context.Context) (err error) {
 		return err
 	}
 	source := p.staging
-	if p.volume.Access == pool.AccessBlock {
-		device, err := p.device(ctx)
-		if err != nil {
+	var device pool.Device
+	switch {
+	case p.volume.Access == pool.AccessBlock:
+		if device, err = p.device(ctx); err != nil {
 			return err
 		}
 		source = device.Path
@@ -101,8 +104,14 @@ func (p publication) publish(ctx context.Context) (err error) {
 				err = errors.Join(err, p.engine.Detach(ctx, p.volume.Name, device))
 			}
 		}()
-	} else if len(staged) == 0 {
+	case len(staged) == 0:
 		return pool.Errorf(pool.ErrPrecondition, "volume %s is not staged at %s", p.volume.ID, p.staging)
+	default:
+		device = staged[0].device
+	}
+	// Before the pod can have the volume.
+	if err := p.limit(device); err != nil {
+		return err
 	}
 	made, err := p.makeTarget()
 	if err != nil {
@@ -189,6 +198,9 @@ func (s *Server) NodeUnpublishVolume(ctx context.Context, r *csi.NodeUnpublishVo
 	}
 	here, elsewhere := at(all, target)
 	if err := unmount(ctx, here, target); err != nil {
+		return nil, err
+	}
+	if err := s.lift(engine, name, here, elsewhere); err != nil {
 		return nil, err
 	}
 	if err := leave(target, pool.Errorf(pool.ErrPrecondition, "%s has something mounted on it that is not volume %s", target, r.GetVolumeId())); err != nil {

@@ -16,6 +16,7 @@ const (
 	Create Operation = iota
 	Delete
 	Grow      // make larger
+	Modify    // change limits
 	Cut       // snapshot or clone by reflink
 	Copy      // snapshot or clone by copying
 	Stage     // attach, format, mount
@@ -27,7 +28,7 @@ const (
 )
 
 func (o Operation) String() string {
-	return [operations]string{"create", "delete", "grow", "cut", "copy", "stage", "unstage", "publish", "unpublish", "inspect"}[o]
+	return [operations]string{"create", "delete", "grow", "modify", "cut", "copy", "stage", "unstage", "publish", "unpublish", "inspect"}[o]
 }
 
 // overlap tells which operation may begin on a volume while another is in
@@ -42,17 +43,20 @@ func (o Operation) String() string {
 //     see no writer come, so Stage and Publish wait.
 //   - Publish and Unpublish count the targets of a volume to keep a single
 //     writer single, so they do not overlap each other or themselves.
+//   - Modify enforces new limits wherever the volume is published, which no
+//     publication may miss; it touches no data.
 //   - Inspect only looks.
 var overlap = [operations][operations]bool{
 	Grow:      {Inspect: true},
-	Cut:       {Stage: true, Unstage: true, Publish: true, Unpublish: true, Inspect: true},
-	Copy:      {Copy: true, Inspect: true},
+	Modify:    {Cut: true, Copy: true, Inspect: true},
+	Cut:       {Modify: true, Stage: true, Unstage: true, Publish: true, Unpublish: true, Inspect: true},
+	Copy:      {Modify: true, Copy: true, Inspect: true},
 	Stage:     {Cut: true, Inspect: true},
 	Unstage:   {Cut: true, Inspect: true},
 	Publish:   {Cut: true, Inspect: true},
 	Unpublish: {Cut: true, Inspect: true},
 	Inspect: {
-		Grow: true, Cut: true, Copy: true, Stage: true, Unstage: true,
+		Grow: true, Modify: true, Cut: true, Copy: true, Stage: true, Unstage: true,
 		Publish: true, Unpublish: true, Inspect: true,
 	},
 }

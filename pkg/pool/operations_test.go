@@ -15,7 +15,9 @@ var mayOverlap = [][2]Operation{
 
 	{Cut, Stage}, {Cut, Unstage}, {Cut, Publish}, {Cut, Unpublish}, // a reflink is atomic
 
-	{Inspect, Grow}, {Inspect, Cut}, {Inspect, Copy}, {Inspect, Stage}, {Inspect, Unstage},
+	{Modify, Cut}, {Modify, Copy}, // limits are none of the data
+
+	{Inspect, Grow}, {Inspect, Modify}, {Inspect, Cut}, {Inspect, Copy}, {Inspect, Stage}, {Inspect, Unstage},
 	{Inspect, Publish}, {Inspect, Unpublish}, {Inspect, Inspect}, // it only looks
 }
 

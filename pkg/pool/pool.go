@@ -47,6 +47,9 @@ type Engine interface {
 	GrowVolume(ctx context.Context, name string, size int64) (Volume, error)
 	// SetContent records what the volume's bytes are known to be.
 	SetContent(ctx context.Context, name string, content Content) error
+	// SetLimits records what the volume's I/O is limited to. It enforces
+	// nothing.
+	SetLimits(ctx context.Context, name string, limits Limits) (Volume, error)
 	// Volume finds one volume.
 	Volume(name string) (Volume, error)
 	// Volumes lists the volumes whose name is greater than after, ordered by
@@ -168,6 +171,7 @@ type Volume struct {
 	MkfsOptions  string       `json:"mkfsOptions,omitempty"` // words for mkfs, separated by blanks
 	Ephemeral    bool         `json:"ephemeral,omitempty"`   // lives and dies with one pod
 	Source       Source       `json:"source,omitzero"`
+	Limits       Limits       `json:"limits,omitzero"`
 	Content      Content      `json:"content"`
 	Created      time.Time    `json:"created"`
 }
@@ -184,6 +188,7 @@ type VolumeSpec struct {
 	MkfsOptions  string
 	Ephemeral    bool
 	Source       Source // of the same pool
+	Limits       Limits
 }
 
 // Snapshot is what a pool knows of one snapshot.

@@ -15,6 +15,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/orlop-csi/orlop/pkg/loop"
+	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
@@ -142,6 +143,30 @@ var operations = []operation{
 		call:  expand(96 * mib),
 		check: func(w *world) { w.thick("v", 96*mib); w.use("v", block); w.holds("v", "v") },
 		undo:  goneV,
+	},
+	{
+		name: "ControllerModifyVolume, in use",
+		prepare: func(w *world) {
+			w.Create("v", 64*mib, ext4, func(r *csi.CreateVolumeRequest) {
+				r.MutableParameters = map[string]string{"readIOPS": "1k"}
+			})
+			w.use("v", ext4)
+			w.note("v")
+		},
+		call: func(ctx context.Context, w *world) error {
+			_, err := w.ControllerModifyVolume(ctx, &csi.ControllerModifyVolumeRequest{
+				VolumeId: w.id("v"), MutableParameters: map[string]string{"writeIOPS": "2k"},
+			})
+			return err
+		},
+		check: func(w *world) {
+			want := pool.Limits{ReadIOPS: 1000, WriteIOPS: 2000}
+			if got := w.metadata("volumes/v").Limits; got != want {
+				w.t.Errorf("the limits are %+v, want %+v", got, want)
+			}
+			w.holds("v", "v")
+		},
+		undo: goneV,
 	},
 	{
 		name:    "NodeStageVolume, the first, ext4",

@@ -27,6 +27,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
+	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
@@ -463,8 +464,9 @@ func (w *world) lookAtPool(s *seen) {
 }
 
 type metadata struct {
-	Content   string `json:"content"`
-	Ephemeral bool   `json:"ephemeral"`
+	Content   string      `json:"content"`
+	Ephemeral bool        `json:"ephemeral"`
+	Limits    pool.Limits `json:"limits"`
 }
 
 func (w *world) metadata(dir string) metadata {

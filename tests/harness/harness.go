@@ -82,7 +82,15 @@ var build = sync.OnceValues(func() (string, error) {
 })
 
 // Main runs the tests of a package and removes the binary that they built.
+//
+// The binary is also what runs a [Load].
 func Main(m *testing.M) {
+	if arguments := os.Getenv(loadVariable); arguments != "" {
+		if err := runLoad(arguments); err != nil {
+			fmt.Fprintln(os.Stderr, "load:", err)
+			os.Exit(1)
+		}
+	}
 	code := m.Run()
 	if built != "" {
 		os.RemoveAll(built)

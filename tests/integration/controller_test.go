@@ -113,7 +113,9 @@ func TestCreateVolumeRefusesAndAltersNothing(t *testing.T) {
 		{"mkfsOptions with a path in a value", ctlRequest("v", files, harness.Parameters("mkfsOptions", "-L ../x")), codes.InvalidArgument, []string{"mkfsOptions"}},
 		{"mkfsOptions with a device", ctlRequest("v", files, harness.Parameters("mkfsOptions", "-J device=LABEL=x")), codes.InvalidArgument, []string{"mkfsOptions", "device"}},
 		{"mkfsOptions that no volume may have", ctlRequest("v", files, harness.Parameters("mkfsOptions", "-n")), codes.InvalidArgument, []string{"mkfsOptions", "-n"}},
-		{"mutable parameters", ctlRequest("v", func(r *csi.CreateVolumeRequest) { r.MutableParameters = map[string]string{"iops": "100"} }), codes.InvalidArgument, []string{"mutable_parameters"}},
+		{"an unknown mutable parameter", ctlRequest("v", limParameters("iops", "100")), codes.InvalidArgument, []string{"iops", "readIOPS", "writeBandwidth"}},
+		{"a limit of nothing", ctlRequest("v", limParameters("readIOPS", "0")), codes.InvalidArgument, []string{"readIOPS"}},
+		{"a limit among the parameters of the class", ctlRequest("v", harness.Parameters("readIOPS", "100")), codes.InvalidArgument, []string{"readIOPS"}},
 		{"a source that names nothing", ctlRequest("v", func(r *csi.CreateVolumeRequest) { r.VolumeContentSource = &csi.VolumeContentSource{} }), codes.InvalidArgument, []string{"volume_content_source"}},
 		{"a source in another pool", ctlRequest("v", ctlRequired(0), harness.FromVolume(source), harness.Parameters("pool", "other")), codes.InvalidArgument, []string{"default", "other"}},
 
@@ -551,7 +553,7 @@ func TestTheCapabilitiesClaimedAreThoseThatAre(t *testing.T) {
 	slices.Sort(got)
 	want := []string{
 		"CLONE_VOLUME", "CREATE_DELETE_SNAPSHOT", "CREATE_DELETE_VOLUME", "EXPAND_VOLUME", "GET_CAPACITY", "GET_SNAPSHOT", "GET_VOLUME",
-		"GET_VOLUME_HEALTH", "LIST_SNAPSHOTS", "LIST_VOLUMES", "LIST_VOLUME_HEALTH", "SINGLE_NODE_MULTI_WRITER",
+		"GET_VOLUME_HEALTH", "LIST_SNAPSHOTS", "LIST_VOLUMES", "LIST_VOLUME_HEALTH", "MODIFY_VOLUME", "SINGLE_NODE_MULTI_WRITER",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("claimed: %v, want %v", got, want)
@@ -578,6 +580,4 @@ func TestTheCapabilitiesClaimedAreThoseThatAre(t *testing.T) {
 	ctlWant(t, "ControllerPublishVolume", err, codes.Unimplemented)
 	_, err = d.ControllerUnpublishVolume(d.Context(), &csi.ControllerUnpublishVolumeRequest{VolumeId: "v"})
 	ctlWant(t, "ControllerUnpublishVolume", err, codes.Unimplemented)
-	_, err = d.ControllerModifyVolume(d.Context(), &csi.ControllerModifyVolumeRequest{VolumeId: "v"})
-	ctlWant(t, "ControllerModifyVolume", err, codes.Unimplemented)
 }

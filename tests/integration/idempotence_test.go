@@ -43,6 +43,12 @@ func ctlExpands(d *harness.Driver, id string, size int64) ctlCall {
 	}}
 }
 
+func ctlModifies(d *harness.Driver, id string, pairs ...string) ctlCall {
+	return ctlCall{"ControllerModifyVolume " + id, func() (proto.Message, error) {
+		return d.ControllerModifyVolume(d.Context(), &csi.ControllerModifyVolumeRequest{VolumeId: id, MutableParameters: limMap(pairs...)})
+	}}
+}
+
 func ctlDeletes(d *harness.Driver, id string) ctlCall {
 	return ctlCall{"DeleteVolume " + id, func() (proto.Message, error) {
 		return d.DeleteVolume(d.Context(), &csi.DeleteVolumeRequest{VolumeId: id})
@@ -90,6 +96,8 @@ func TestEveryCallAnswersTheSameWhenItIsRepeated(t *testing.T) {
 				ctlSnaps(d, "s", source),
 				ctlSnaps(d, "A snapshot's name that is hashed", source),
 				ctlExpands(d, grown, 32*ctlMiB),
+				ctlCreates(d, "limited-io", limParameters("writeIOPS", "2k")),
+				ctlModifies(d, source, "readBandwidth", "10Mi"),
 				{"ValidateVolumeCapabilities", func() (proto.Message, error) {
 					return d.ValidateVolumeCapabilities(d.Context(), &csi.ValidateVolumeCapabilitiesRequest{VolumeId: source, VolumeCapabilities: []*csi.VolumeCapability{harness.Block(harness.Writer)}})
 				}},
@@ -136,8 +144,8 @@ func TestEveryCallAnswersTheSameWhenItIsRepeated(t *testing.T) {
 			for _, e := range list.GetEntries() {
 				deletions = append(deletions, ctlDeletesSnapshot(d, e.GetSnapshot().GetSnapshotId()))
 			}
-			if len(deletions) != 13 {
-				t.Errorf("%d things to delete, want 10 volumes and 3 snapshots", len(deletions))
+			if len(deletions) != 14 {
+				t.Errorf("%d things to delete, want 11 volumes and 3 snapshots", len(deletions))
 			}
 			ctlEveryWay(d, func(when string) {
 				for _, c := range deletions {

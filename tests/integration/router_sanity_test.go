@@ -3,6 +3,7 @@
 package integration
 
 import (
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -23,6 +24,8 @@ func TestRouterPassesCSISanity(t *testing.T) {
 	}
 	for _, access := range []string{"mount", "block"} {
 		t.Run(access, func(t *testing.T) {
+			mutable := filepath.Join(t.TempDir(), "mutable.yaml")
+			ctlMust(t, os.WriteFile(mutable, []byte("readIOPS: 1k\nwriteBandwidth: 10Mi\n"), 0o600))
 			f := harness.StartFleet(t, harness.FilePool("60Gi"), harness.FilePool("1Gi"), harness.FilePool("1Gi"))
 			out, err := exec.Command(suite,
 				"--csi.endpoint=unix://"+f.Nodes[0].Socket,
@@ -32,9 +35,10 @@ func TestRouterPassesCSISanity(t *testing.T) {
 				"--csi.testvolumesize=1073741824",
 				"--csi.testvolumeexpandsize=2147483648",
 				"--csi.testvolumeaccesstype="+access,
+				"--csi.testvolumemutableparameters="+mutable,
 				"--ginkgo.no-color",
 			).CombinedOutput()
-			passed := regexp.MustCompile(`78 Passed \| 0 Failed`)
+			passed := regexp.MustCompile(`86 Passed \| 0 Failed`)
 			if err != nil || !passed.Match(out) {
 				t.Errorf("%v\n%s", err, out)
 			}

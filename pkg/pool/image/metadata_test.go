@@ -79,6 +79,9 @@ func TestAFileOfVersion1IsRead(t *testing.T) {
 	if err := decode([]byte(file), &got); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("decode = %+v, %v; want %+v", got, err, want)
 	}
+	if again := mustEncode(t, want); string(again) != file { // so that an older driver reads it
+		t.Errorf("encode = %s, want %s", again, file)
+	}
 	if again := mustEncode(t, want); string(again) != file {
 		t.Errorf("it is written as\n%s, was\n%s", again, file)
 	}

@@ -62,6 +62,7 @@ func (e *Engine) CreateVolume(ctx context.Context, spec pool.VolumeSpec) (pool.V
 		MkfsOptions:  spec.MkfsOptions,
 		Ephemeral:    spec.Ephemeral,
 		Source:       spec.Source,
+		Limits:       spec.Limits,
 		Content:      pool.ContentEmpty,
 		Created:      time.Now().UTC(),
 	}
@@ -105,6 +106,7 @@ func mustMatch(v pool.Volume, spec pool.VolumeSpec) error {
 		"filesystem":   v.Filesystem == spec.Filesystem,
 		"mkfsOptions":  v.MkfsOptions == spec.MkfsOptions,
 		"source":       v.Source == spec.Source,
+		"limits":       v.Limits == spec.Limits,
 		"lifecycle":    v.Ephemeral == spec.Ephemeral,
 	} {
 		if !same {
@@ -374,6 +376,19 @@ func (e *Engine) SetContent(_ context.Context, name string, content pool.Content
 		return fmt.Errorf("recording the content of volume %s: %w", name, err)
 	}
 	return nil
+}
+
+// SetLimits implements [pool.Engine].
+func (e *Engine) SetLimits(_ context.Context, name string, limits pool.Limits) (pool.Volume, error) {
+	v, err := e.Volume(name)
+	if err != nil || v.Limits == limits {
+		return v, err
+	}
+	v.Limits = limits
+	if err := e.rewrite(v); err != nil {
+		return pool.Volume{}, fmt.Errorf("recording the limits of volume %s: %w", name, err)
+	}
+	return v, nil
 }
 
 // Blank implements [pool.Engine].

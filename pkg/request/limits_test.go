@@ -17,9 +17,9 @@ func TestLimitsAreChangedByWhatIsGivenAndOnlyByThat(t *testing.T) {
 		{"another", map[string]string{"writeIOPS": "2k"}, pool.Limits{ReadIOPS: 100, WriteIOPS: 2000, WriteBandwidth: 1 << 20}},
 		{"the same", map[string]string{"readIOPS": "7"}, pool.Limits{ReadIOPS: 7, WriteBandwidth: 1 << 20}},
 		{"lifted", map[string]string{"writeBandwidth": ""}, pool.Limits{ReadIOPS: 100}},
-		{"all", map[string]string{"readIOPS": "1", "writeIOPS": "1G", "readBandwidth": "4Ki", "writeBandwidth": "1Ti"}, pool.Limits{1, 1_000_000_000, 4096, 1 << 40}},
+		{"all", map[string]string{"readIOPS": "1", "writeIOPS": "1G", "readBandwidth": "4Ki", "writeBandwidth": "1Ti"}, pool.Limits{ReadIOPS: 1, WriteIOPS: 1_000_000_000, ReadBandwidth: 4096, WriteBandwidth: 1 << 40}},
 		{"all lifted", map[string]string{"readIOPS": "", "writeIOPS": "", "readBandwidth": "", "writeBandwidth": ""}, pool.Limits{}},
-		{"the ways to write a quantity", map[string]string{"readIOPS": "1e3", "writeIOPS": "0.5k", "readBandwidth": "1.5Mi"}, pool.Limits{1000, 500, 3 << 19, 1 << 20}},
+		{"the ways to write a quantity", map[string]string{"readIOPS": "1e3", "writeIOPS": "0.5k", "readBandwidth": "1.5Mi"}, pool.Limits{ReadIOPS: 1000, WriteIOPS: 500, ReadBandwidth: 3 << 19, WriteBandwidth: 1 << 20}},
 	} {
 		if got, err := ChangeLimits(now, c.given); err != nil || got != c.want {
 			t.Errorf("%s: %+v, %v; want %+v", c.rule, got, err, c.want)

@@ -61,6 +61,17 @@ var powerCases = []struct {
 		}
 		return func(t *testing.T, d *harness.Driver) { powerWantVolume(t, d, v.GetVolumeId(), 128*powerMiB) }
 	}},
+	{"ControllerModifyVolume", func(t *testing.T, d *harness.Driver) func(*testing.T, *harness.Driver) {
+		v := d.Create("v", 64*powerMiB, harness.Block(harness.Writer))
+		limits := map[string]string{"readIOPS": "1k", "writeBandwidth": "10Mi"}
+		powerSettle(t, d)
+		if _, err := d.ControllerModifyVolume(d.Context(), &csi.ControllerModifyVolumeRequest{VolumeId: v.GetVolumeId(), MutableParameters: limits}); err != nil {
+			t.Fatal(err)
+		}
+		return func(_ *testing.T, d *harness.Driver) { // with other limits it would exist already
+			d.Create("v", 64*powerMiB, harness.Block(harness.Writer), func(r *csi.CreateVolumeRequest) { r.MutableParameters = limits })
+		}
+	}},
 	{"CreateSnapshot, of a volume in use", func(t *testing.T, d *harness.Driver) func(*testing.T, *harness.Driver) {
 		v, data := powerWritten(t, d)
 		s := d.Snapshot("s", v.GetVolumeId())

@@ -202,13 +202,18 @@ func startNode(t *testing.T, segment string, room int64) *testNode {
 	return n
 }
 
+// nobody uses a volume of such a node.
+type nobody struct{}
+
+func (nobody) EnforceLimits(pool.Engine, pool.Volume) error { return nil }
+
 func (n *testNode) serve(t *testing.T, segment string, engines ...pool.Engine) {
 	t.Helper()
 	set, err := pool.NewSet(segment, engines...)
 	if err != nil {
 		t.Fatal(err)
 	}
-	service, err := controller.New(set)
+	service, err := controller.New(set, nobody{})
 	if err != nil {
 		t.Fatal(err)
 	}

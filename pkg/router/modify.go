@@ -8,5 +8,5 @@ import (
 
 // ControllerModifyVolume implements csi.ControllerServer.
 func (s *Server) ControllerModifyVolume(ctx context.Context, r *csi.ControllerModifyVolumeRequest) (*csi.ControllerModifyVolumeResponse, error) {
-	return forward(ctx, r, "volume_id", r.GetVolumeId(), s.volumeOwner, csi.ControllerClient.ControllerModifyVolume)
+	return forward(ctx, s, r, "volume_id", r.GetVolumeId(), csi.ControllerClient.ControllerModifyVolume)
 }

@@ -321,7 +321,7 @@ func TestCapacityIsAddedUp(t *testing.T) {
 // What a node's Controller service can do, the router can, and nothing else.
 func TestTheRouterServesWhatANodeServes(t *testing.T) {
 	s, _, nodes := startFleet(t, gib)
-	node, err := controller.New(mustSet(t, nodes[0].memory))
+	node, err := controller.New(mustSet(t, nodes[0].memory), nobody{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -155,9 +156,9 @@ func (p *Pod) Target(d *Driver, volume string, block bool) string {
 // Load is a process in a container that reads or writes a file or a device with
 // direct I/O, as fast as it can.
 type Load struct {
-	t         testing.TB
-	total     *atomic.Int64 // operations
-	Operation int64         // bytes of each
+	t     testing.TB
+	total *atomic.Int64 // operations
+	stop  func()
 }
 
 // loadVariable tells a test's binary to be a [Load]: its counter's file, the
@@ -167,7 +168,8 @@ const loadVariable = "ORLOP_TEST_LOAD"
 // span is what of its file a load uses, in bytes. The file must be as long.
 const span = 16 << 20
 
-// Load starts a load in a container's cgroup. It goes on until the test ends.
+// Load starts a load in a container's cgroup. It goes on until the test ends
+// or it is stopped.
 func (p *Pod) Load(cgroup, file string, operation int64, write bool) *Load {
 	p.t.Helper()
 	must := func(err error) {
@@ -184,15 +186,16 @@ func (p *Pod) Load(cgroup, file string, operation int64, write bool) *Load {
 	begin, err := cmd.StdinPipe()
 	must(err)
 	must(cmd.Start())
-	p.t.Cleanup(func() {
+	stop := sync.OnceFunc(func() {
 		_ = cmd.Process.Kill()
 		_ = cmd.Wait()
 	})
+	p.t.Cleanup(stop)
 	must(os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), []byte(strconv.Itoa(cmd.Process.Pid)), 0))
 	total, err := mapCounter(counter)
 	must(err)
 	must(begin.Close())
-	return &Load{p.t, total, operation}
+	return &Load{p.t, total, stop}
 }
 
 // mapCounter maps a file of eight bytes, which two processes then share.
@@ -244,6 +247,9 @@ func runLoad(arguments string) error {
 	}
 }
 
+// Stop ends the load.
+func (l *Load) Stop() { l.stop() }
+
 // Rate measures the load over that time: operations a second.
 func (l *Load) Rate(window time.Duration) float64 {
 	before, begin := l.total.Load(), time.Now()
@@ -267,7 +273,7 @@ func (l *Load) Exceeds(rule string, rate float64) {
 
 func (l *Load) becomes(rule string, good func(float64) bool) {
 	l.t.Helper()
-	const window, patience = 3 * time.Second, 90 * time.Second
+	const window, patience = 3 * time.Second, 2 * time.Minute
 	var seen []string
 	for deadline := time.Now().Add(patience); ; {
 		got := l.Rate(window)

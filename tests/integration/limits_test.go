@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
@@ -106,6 +107,10 @@ func TestLimitsHoldForThePodThatUsesTheVolume(t *testing.T) {
 			reader := pod.Load(sandbox, file, 4<<10, false)
 			reader.Settles("readIOPS 100", 100)
 
+			dataMust(t, limModify(d, v.id, "writeBandwidth", "32Ki")) // two seconds an operation
+			if rate := writer.Rate(5 * time.Second); rate > 1 {
+				t.Errorf("writeBandwidth 32Ki: %.1f operations a second, want 0.5", rate)
+			}
 			dataMust(t, limModify(d, v.id, "writeBandwidth", "6Mi"))
 			writer.Settles("writeBandwidth 6Mi", 96)
 			dataMust(t, limModify(d, v.id, "writeBandwidth", "1Mi", "readIOPS", "200"))
@@ -114,6 +119,7 @@ func TestLimitsHoldForThePodThatUsesTheVolume(t *testing.T) {
 
 			d.Kill()
 			d.Start()
+			writer.Stop() // the containers of a pod may have a limit together
 			later := pod.Load(pod.Container("later"), file, 64<<10, true)
 			dataMust(t, limModify(d, v.id, "writeBandwidth", "", "writeIOPS", "50"))
 			later.Settles("writeIOPS 50, after a restart", 50)

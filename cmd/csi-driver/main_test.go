@@ -63,6 +63,15 @@ func TestBadUseIsOneLineAndExitCode2(t *testing.T) {
 		"negative timeout":    {[]string{"standalone", "--config", "x", "--shutdown-timeout", "-1s"}, `--shutdown-timeout: -1s is negative (see csi-driver standalone --help)`},
 		"bad log format":      {[]string{"standalone", "--config", "x", "--log-format", "xml"}, `--log-format: "xml" is neither text nor json (see csi-driver standalone --help)`},
 		"bad verbosity":       {[]string{"standalone", "-v", "-1"}, `invalid argument "-1" for "-v, --v" flag: strconv.ParseUint: parsing "-1": invalid syntax (see csi-driver standalone --help)`},
+		"node without trust":  {[]string{"node", "--config", "x"}, "--tls-dir: must name the directory of the credentials; or give --kubernetes, and they come by themselves (see csi-driver node --help)"},
+		"node with both":      {[]string{"node", "--config", "x", "--tls-dir", "x", "--kubernetes"}, "--tls-dir and --kubernetes: give one of them (see csi-driver node --help)"},
+		"kubeconfig alone":    {[]string{"node", "--config", "x", "--tls-dir", "x", "--kubeconfig", "x"}, "--kubeconfig: is of use only with --kubernetes (see csi-driver node --help)"},
+		"no peer address":     {[]string{"node", "--config", "x", "--peer-address", ""}, "--peer-address must be given; without a router, use csi-driver standalone (see csi-driver node --help)"},
+		"relative registry":   {[]string{"node", "--config", "x", "--kubernetes", "--kubelet-registration-dir", "x"}, `--kubelet-registration-dir: "x" is not an absolute path (see csi-driver node --help)`},
+		"router alone":        {[]string{"controller"}, "--tls-dir: must name the directory of the credentials; or give --kubernetes, and they come by themselves (see csi-driver controller --help)"},
+		"router without node": {[]string{"controller", "--tls-dir", "x"}, "--node: must name at least one node, as name=host:port; or give --kubernetes, and they are found (see csi-driver controller --help)"},
+		"router with both":    {[]string{"controller", "--kubernetes", "--node", "a=b:1"}, "--node and --kubernetes: give one of them (see csi-driver controller --help)"},
+		"no secret":           {[]string{"controller", "--kubernetes", "--ca-secret", ""}, "--ca-secret: must have a name (see csi-driver controller --help)"},
 		"bad output":          {[]string{"version", "--output", "xml"}, `--output: "xml" is neither text nor json (see csi-driver version --help)`},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -80,8 +80,11 @@ func (c *Client) Certificate(segment, dir string, report Report) *Certificate {
 func (n *Certificate) Keys() (peer.Keys, error) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	if n.keys.Trust == nil {
-		return peer.Keys{}, errors.New("this node has no certificate yet; it has asked for one")
+	switch leaf := n.keys.Certificate.Leaf; {
+	case leaf == nil:
+		return peer.Keys{}, errors.New("this node has no certificate for the router yet; it is waiting for one")
+	case time.Now().After(leaf.NotAfter):
+		return peer.Keys{}, fmt.Errorf("this node's certificate for the router ended at %s; it is waiting for another", leaf.NotAfter.Format(time.RFC3339))
 	}
 	return n.keys, nil
 }

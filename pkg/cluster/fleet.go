@@ -3,6 +3,7 @@ package cluster
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"net"
 	"slices"
 	"strconv"
@@ -82,22 +83,33 @@ func (f *Fleet) Nodes(context.Context) ([]router.Node, error) {
 	if err := f.Problem(); err != nil {
 		return nil, err
 	}
-	addresses := f.addresses()
-	var fleet []router.Node
+	var all []*core.Node
 	for _, object := range f.nodes.GetStore().List() {
-		n, ok := object.(*core.Node)
-		if !ok {
-			continue
+		if n, ok := object.(*core.Node); ok {
+			all = append(all, n)
 		}
+	}
+	return members(all, f.registered, f.addresses())
+}
+
+// members are those of a cluster's nodes that are in the fleet.
+func members(nodes []*core.Node, registered func(node string) bool, addresses map[string]string) ([]router.Node, error) {
+	var fleet []router.Node
+	names := map[string]string{}
+	for _, n := range nodes {
 		_, labelled := n.Labels[request.TopologyKey]
 		address, served := addresses[n.Name]
-		if !labelled && !served && !f.registered(n.Name) {
+		if !labelled && !served && !registered(n.Name) {
 			continue
 		}
 		segment, err := pool.NodeSegment(n.Name)
 		if err != nil {
 			return nil, err
 		}
+		if other, taken := names[segment]; taken {
+			return nil, fmt.Errorf("nodes %s and %s cannot be told apart: both are %s", other, n.Name, segment)
+		}
+		names[segment] = n.Name
 		fleet = append(fleet, router.Node{Segment: segment, Address: address})
 	}
 	return fleet, nil

@@ -66,3 +66,6 @@ func freeAddress(t testing.TB) string {
 	defer l.Close()
 	return l.Addr().String()
 }
+
+// Address is where a node serves the router.
+func (f *Fleet) Address(node int) string { return f.addresses[node] }

@@ -98,36 +98,45 @@ func (c content) handles() []string {
 // contents adds the snapshots that objects name, and reports whether the cluster
 // has such objects at all.
 func (c Claims) contents(ctx context.Context, path string, into map[string]struct{}) (found bool, err error) {
+	err = each(ctx, c.Client, path, func(item content) {
+		if item.Spec.Driver != c.Driver {
+			return
+		}
+		for _, handle := range item.handles() {
+			if handle != "" {
+				into[handle] = struct{}{}
+			}
+		}
+	})
+	if apierrors.IsNotFound(err) {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// each reads all objects at a path, as far as T has their fields. It is for
+// custom resources, of which there is no other form than JSON, and for where a
+// name is all that is wanted of large ones.
+func each[T any](ctx context.Context, c *Client, path string, do func(T)) error {
 	options := meta.ListOptions{Limit: pageSize}
 	for {
-		raw, err := c.Client.core.Get().AbsPath(path).VersionedParams(&options, meta.ParameterCodec).
-			SetHeader("Accept", "application/json").Do(ctx).Raw() // custom resources have no other form
-		if apierrors.IsNotFound(err) {
-			return false, nil
-		}
+		raw, err := c.core.Get().AbsPath(path).VersionedParams(&options, meta.ParameterCodec).
+			SetHeader("Accept", "application/json").Do(ctx).Raw()
 		if err != nil {
-			return false, err
+			return err
 		}
 		var page struct {
-			meta.ListMeta `json:"metadata"`
-
-			Items []content `json:"items"`
+			Metadata meta.ListMeta `json:"metadata"`
+			Items    []T           `json:"items"`
 		}
 		if err := json.Unmarshal(raw, &page); err != nil {
-			return false, err
+			return err
 		}
 		for _, item := range page.Items {
-			if item.Spec.Driver != c.Driver {
-				continue
-			}
-			for _, handle := range item.handles() {
-				if handle != "" {
-					into[handle] = struct{}{}
-				}
-			}
+			do(item)
 		}
-		if options.Continue = page.Continue; options.Continue == "" {
-			return true, nil
+		if options.Continue = page.Metadata.Continue; options.Continue == "" {
+			return nil
 		}
 	}
 }

@@ -5,12 +5,14 @@ import (
 	"context"
 	"fmt"
 	"net"
+	"regexp"
 	"slices"
 	"strconv"
 
 	core "k8s.io/api/core/v1"
 	discovery "k8s.io/api/discovery/v1"
 	storage "k8s.io/api/storage/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/tools/cache"
 
@@ -26,6 +28,7 @@ const PeerPort = "peer"
 // Fleet is the nodes of the cluster that have the driver, from a copy of the
 // API server's objects that is kept up to date. It is a [router.Discovery].
 type Fleet struct {
+	client                 *Client
 	driver                 string // its name
 	nodes, drivers, slices cache.SharedIndexInformer
 }
@@ -33,7 +36,7 @@ type Fleet struct {
 // Fleet prepares the discovery of the nodes whose drivers are the endpoints of
 // that headless Service. driver is the CSI driver's name.
 func (c *Client) Fleet(driver, namespace, service string) (*Fleet, error) {
-	f := &Fleet{driver: driver}
+	f := &Fleet{client: c, driver: driver}
 	var err error
 	if f.nodes, err = informer(c.core, "nodes", "", &core.Node{}, func(n *core.Node) {
 		n.Annotations, n.Status = nil, core.NodeStatus{} // large, and nothing of it is needed
@@ -113,6 +116,35 @@ func members(nodes []*core.Node, registered func(node string) bool, addresses ma
 		fleet = append(fleet, router.Node{Segment: segment, Address: address})
 	}
 	return fleet, nil
+}
+
+// shortened is how the segment of a node with a long name ends; see
+// pool.NodeSegment.
+var shortened = regexp.MustCompile(`-[0-9a-f]{8}$`)
+
+// Gone implements [router.Discovery]: it asks the API server, not the copy.
+func (f *Fleet) Gone(ctx context.Context, segment string) (bool, error) {
+	err := f.client.core.Get().Resource("nodes").Name(segment).Do(ctx).Error()
+	if !apierrors.IsNotFound(err) {
+		return false, err // it is there, or that is unknown
+	}
+	if !shortened.MatchString(segment) {
+		return true, nil
+	}
+	gone := true
+	err = each(ctx, f.client, "/api/v1/nodes", func(n partial) {
+		if s, err := pool.NodeSegment(n.Metadata.Name); err == nil && s == segment {
+			gone = false
+		}
+	})
+	return gone, err
+}
+
+// partial is what is needed of an object to know its name.
+type partial struct {
+	Metadata struct {
+		Name string `json:"name"`
+	} `json:"metadata"`
 }
 
 // registered reports whether the kubelet of a node has the driver registered.

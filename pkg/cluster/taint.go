@@ -21,6 +21,10 @@ import (
 // node up puts it on; the router takes it away.
 const StartupTaint = "csi.orlop.dev/not-ready"
 
+// patience is how often a node that seemed ready is asked in vain before that is
+// worth a line in the log: some six seconds.
+const patience = 6
+
 // Untaint takes the start-up taint off every node on which the kubelet has the
 // driver registered, and answers says that it serves, until ctx is done. A pod
 // that is scheduled there then finds its volumes. The Fleet must run.
@@ -43,13 +47,20 @@ func (c *Client) Untaint(ctx context.Context, f *Fleet, answers func(ctx context
 		return err
 	}
 	defer context.AfterFunc(ctx, queue.ShutDown)()
+	for _, i := range f.informers() {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-i.HasSyncedChecker().Done():
+		}
+	}
 	for {
 		node, shutdown := queue.Get()
 		if shutdown {
 			return nil
 		}
 		if err := c.untaint(ctx, f, node, answers, report); err != nil {
-			if ctx.Err() == nil && queue.NumRequeues(node) == 0 {
+			if ctx.Err() == nil && queue.NumRequeues(node) == patience {
 				report("The start-up taint stays", err, "node", node, "taint", StartupTaint)
 			}
 			queue.AddRateLimited(node)

@@ -82,8 +82,12 @@ type Node struct {
 // good, and its volumes with it. While it does not know, as before it has read
 // the first list, it must be an error, not an empty fleet.
 type Discovery interface {
-	// Nodes lists the nodes; the slice is the caller's.
+	// Nodes lists the nodes; the slice is the caller's. It may be a little
+	// behind.
 	Nodes(ctx context.Context) ([]Node, error)
+	// Gone reports whether the node of that segment is gone for good, as of
+	// now. It is asked before anything is given up for that reason.
+	Gone(ctx context.Context, segment string) (bool, error)
 }
 
 // Static is a fleet that never changes.
@@ -91,6 +95,11 @@ type Static []Node
 
 // Nodes implements [Discovery].
 func (s Static) Nodes(context.Context) ([]Node, error) { return slices.Clone(s), nil }
+
+// Gone implements [Discovery].
+func (s Static) Gone(_ context.Context, segment string) (bool, error) {
+	return !slices.ContainsFunc(s, func(n Node) bool { return n.Segment == segment }), nil
+}
 
 // fleet is the nodes and the connections to them.
 type fleet struct {

@@ -235,7 +235,15 @@ func (n *testNode) serve(t *testing.T, segment string, engines ...pool.Engine) {
 type discovered struct {
 	mu    sync.Mutex
 	nodes []Node
+	late  []Node // those that Nodes has not heard of yet
 	err   error
+}
+
+func (d *discovered) Gone(ctx context.Context, segment string) (bool, error) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	gone, _ := Static(slices.Concat(d.nodes, d.late)).Gone(ctx, segment)
+	return gone, d.err
 }
 
 func (d *discovered) Nodes(context.Context) ([]Node, error) {

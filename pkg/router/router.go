@@ -1,7 +1,9 @@
 package router
 
 import (
+	"cmp"
 	"context"
+	"errors"
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -80,6 +82,8 @@ func (s *Server) owner(ctx context.Context, id string) (member, error) {
 		}
 		members = slices.Delete(members, i, i+1)
 		what = "does not have its pool any more"
+	} else if gone, err := s.fleet.discovery.Gone(ctx, parsed.Node); err != nil || !gone {
+		return member{}, pool.Errorf(pool.ErrUnavailable, "node %s, which made %s, is there, or may be, and has not been found yet: %w", parsed.Node, id, cmp.Or(err, errComing))
 	}
 	var unanswered error
 	for _, a := range ask(ctx, members, holds) {
@@ -98,6 +102,9 @@ func (s *Server) owner(ctx context.Context, id string) (member, error) {
 	}
 	return member{}, pool.Errorf(pool.ErrNotFound, "%s does not exist: node %s %s, and no other has the disk", id, parsed.Node, what)
 }
+
+// errComing is about a node that has just joined, or joined again.
+var errComing = errors.New("it is about to be; repeat the call")
 
 // holds asks a node whether it has the pool of a volume or snapshot.
 func holds(ctx context.Context, m member, id string) (bool, error) {

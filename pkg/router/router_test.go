@@ -298,6 +298,23 @@ func TestANodeWhoseDriverDoesNotRunIsUnavailableAndNotGone(t *testing.T) {
 	}
 }
 
+func TestANodeOfWhichTheRouterHasNotHeardYetIsNotGone(t *testing.T) {
+	s, d, nodes := startFleet(t, 4*gib, 2*gib)
+	v := made(t, s, volume("v", among("node-1")))
+	d.Set(nodes[1].Node)
+	d.late = []Node{nodes[0].Node}
+	_, err := s.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: v})
+	wantCode(t, "DeleteVolume", err, codes.Unavailable)
+	d.err = errors.New("no answer")
+	d.late = nil
+	_, err = s.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: v})
+	wantCode(t, "DeleteVolume", err, codes.Unavailable)
+	d.err = nil
+	if _, err := s.DeleteVolume(t.Context(), &csi.DeleteVolumeRequest{VolumeId: v}); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestCapacityIsAddedUp(t *testing.T) {
 	s, _, nodes := startFleet(t, 4*gib, 2*gib, gib)
 	nodes[2].info.Name = "other"

@@ -4,6 +4,7 @@ import (
 	"crypto"
 	"crypto/elliptic"
 	"crypto/x509"
+	"maps"
 	"net/url"
 	"testing"
 	"time"
@@ -119,10 +120,7 @@ func TestAnAuthorityThatIsDamagedIsAnError(t *testing.T) {
 		"half a successor":    func(d map[string][]byte) { d["next.crt"] = other["tls.crt"] },
 		"not of an authority": func(d map[string][]byte) { d["tls.crt"], d["tls.key"] = encode(leaf.Leaf), leafKey },
 	} {
-		data := map[string][]byte{}
-		for k, v := range good {
-			data[k] = v
-		}
+		data := maps.Clone(good)
 		change(data)
 		if _, err := parseAuthority(data); err == nil {
 			t.Errorf("%s: no error", name)

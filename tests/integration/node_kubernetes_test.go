@@ -166,7 +166,7 @@ func TestTheDriverRegistersAgain(t *testing.T) {
 		"the kubelet restarted":  func() error { return nil },
 		"the socket was removed": func() error { return os.Remove(socket) },
 		"the driver restarted":   func() error { n.Restart(); return nil },
-		"the driver was killed":  func() error { n.Kill(); n.Driver.Start(); return nil },
+		"the driver was killed":  func() error { n.Kill(); n.Start(); return nil },
 	} {
 		if err := do(); err != nil {
 			t.Fatalf("%s: %v", name, err)
@@ -238,9 +238,9 @@ func TestANodeServesTheRouterAndNobodyElse(t *testing.T) {
 
 func TestTheRouterDoesNotTakeOneNodeForAnother(t *testing.T) {
 	f := harness.StartFleet(t, harness.FilePool("1Gi"), harness.FilePool("1Gi"))
-	f.Driver.Stop()
+	f.Stop()
 	f.Args = append(f.Args, "--node", "node-1="+f.Address(1), "--node", "node-2="+f.Address(0))
-	f.Driver.Start()
+	f.Start()
 	_, err := f.ListVolumes(f.Context(), &csi.ListVolumesRequest{})
 	routerWant(t, err, codes.Unavailable, "orlop://node/node-1", "orlop://node/node-2")
 }

@@ -7,7 +7,7 @@ RUN go mod download
 COPY cmd cmd
 COPY pkg pkg
 ARG VERSION=unknown
-RUN CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /csi-driver ./cmd/csi-driver
+RUN --mount=type=cache,target=/root/.cache/go-build CGO_ENABLED=0 go build -trimpath -buildvcs=false -ldflags "-s -w -X main.version=$VERSION" -o /csi-driver ./cmd/csi-driver
 
 # Not distroless: the driver runs the distribution's mkfs, fsck and resize tools.
 FROM debian:bookworm-slim

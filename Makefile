@@ -10,7 +10,7 @@ VERSION  ?= $(or $(shell git describe --tags --always --dirty 2>/dev/null),unkno
 IMAGE    ?= csi-driver:$(VERSION)
 FUZZTIME ?= 20s
 
-MODULES := . tests/sanity tools tools/manifests
+MODULES := . tests/e2e tests/sanity tools tools/manifests
 LINT    := go tool -modfile=$(CURDIR)/tools/go.mod golangci-lint run --config=$(CURDIR)/.golangci.yml
 
 .PHONY: help
@@ -68,9 +68,31 @@ test-vm: need-root ## Integration tests on Linux 6.1 in an emulated machine; VM=
 test-sanity: need-root need-filesystems ## The upstream csi-sanity suite against the standalone driver (root)
 	@cd tests/sanity && go test
 
+.PHONY: e2e
+e2e: need-cluster ## Tests on a Kubernetes of three nodes; FOCUS=TestX selects, KEEP=1 keeps the cluster (root)
+	@scripts/e2e $(or $(FOCUS),.)
+
+.PHONY: e2e-smoke
+e2e-smoke: need-cluster ## The short ones of e2e (root)
+	@scripts/e2e '^TestSmoke'
+
 .PHONY: fuzz
 fuzz: need-go ## Run every fuzz target for FUZZTIME (20s) each
 	@scripts/fuzz $(FUZZTIME)
+
+##@ Kubernetes on this machine
+
+.PHONY: cluster-up
+cluster-up: need-cluster ## Start a Kubernetes of three nodes with Orlop on it, and tell how to use it (root)
+	@cd tests/e2e && go run ./cmd/cluster up
+
+.PHONY: cluster-update
+cluster-update: need-cluster ## Make it run the driver and the manifests of this checkout (root)
+	@cd tests/e2e && go run ./cmd/cluster update
+
+.PHONY: cluster-down
+cluster-down: need-cluster ## Stop it; leaves nothing behind (root)
+	@cd tests/e2e && go run ./cmd/cluster down
 
 ##@ Check
 
@@ -78,6 +100,7 @@ fuzz: need-go ## Run every fuzz target for FUZZTIME (20s) each
 lint: need-go ## Run golangci-lint on the driver and its tests
 	$(LINT) ./...
 	cd tests/sanity && $(LINT) ./...
+	cd tests/e2e && $(LINT) ./...
 	cd tools/manifests && $(LINT) ./...
 
 .PHONY: fmt
@@ -99,7 +122,7 @@ verify: lint ## Fail if `make update` would change anything, or a linter finds s
 
 # What the targets above need.
 
-.PHONY: need-go need-root need-filesystems
+.PHONY: need-go need-root need-filesystems need-cluster
 need-go:
 	@scripts/install go
 
@@ -108,3 +131,6 @@ need-root:
 
 need-filesystems: need-go
 	@scripts/install mkfs.ext4 mkfs.xfs mkfs.btrfs
+
+need-cluster: need-root need-go
+	@scripts/install buildah ip iptables nsenter runc /usr/lib/cni/ptp

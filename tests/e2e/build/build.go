@@ -20,6 +20,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"time"
@@ -321,10 +322,11 @@ func (d *digest) String() string {
 	return hex.EncodeToString(sum[:8])
 }
 
-// hashTree adds the names and contents of all files below a directory.
-func hashTree(d *digest, name, dir string) error {
+// hashTree adds the names and contents of all files below a directory, without
+// those whose names end in one of the suffixes.
+func hashTree(d *digest, name, dir string, without ...string) error {
 	return filepath.WalkDir(dir, func(path string, entry fs.DirEntry, err error) error {
-		if err != nil || !entry.Type().IsRegular() {
+		if err != nil || !entry.Type().IsRegular() || slices.ContainsFunc(without, func(suffix string) bool { return strings.HasSuffix(path, suffix) }) {
 			return err
 		}
 		data, err := os.ReadFile(path)

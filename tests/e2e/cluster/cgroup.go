@@ -78,7 +78,7 @@ func delegate(dir string) error {
 	if err != nil {
 		return fmt.Errorf("read cgroup: %w", err)
 	}
-	for _, controller := range strings.Fields(string(controllers)) {
+	for controller := range strings.FieldsSeq(string(controllers)) {
 		if err := os.WriteFile(filepath.Join(dir, "cgroup.subtree_control"), []byte("+"+controller), 0o644); err != nil {
 			return fmt.Errorf("delegate cgroup controller %s: %w", controller, err)
 		}

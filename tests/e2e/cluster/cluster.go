@@ -21,7 +21,6 @@ import (
 	"slices"
 	"strings"
 	"syscall"
-	"time"
 
 	"github.com/orlop-csi/orlop/tests/e2e/build"
 	"k8s.io/client-go/kubernetes"
@@ -37,6 +36,7 @@ type Cluster struct {
 	network network
 	builder *build.Builder
 	crds    string // directory of the snapshot CRDs
+	bare    bool   // without Orlop
 	log     io.Writer
 }
 
@@ -118,37 +118,40 @@ func (c *Cluster) KubectlInput(ctx context.Context, input string, args ...string
 }
 
 // Up starts a cluster, with Orlop on it as it is in the checkout that the directory
-// is in. What an earlier one left is removed first; one that is running is an error.
-// Progress goes to the log.
-func Up(ctx context.Context, directory string, log io.Writer) (err error) {
+// is in, or bare. What an earlier one left is removed first; one that is running is
+// an error. Progress goes to the log.
+func Up(ctx context.Context, directory string, bare bool, log io.Writer) (err error) {
 	unlock, err := exclusive()
 	if err != nil {
 		return err
 	}
 	defer unlock()
-	b, err := build.New(directory, log)
-	if err != nil {
-		return err
+	if os.Geteuid() != 0 {
+		return errors.New("it takes root to make namespaces")
 	}
 	if pid, err := control.pid(); err != nil || pid != 0 {
 		return errors.Join(err, errors.New("a cluster is running already: stop it with make cluster-down"))
 	}
-	if os.Geteuid() != 0 {
-		return errors.New("it takes root to make namespaces")
+	c := &Cluster{bare: bare, log: log}
+	if c.builder, err = build.New(directory, log); err != nil {
+		return err
 	}
-	binaries, err := b.Binaries(ctx)
+	binaries, err := c.builder.Binaries(ctx)
 	if err != nil {
 		return err
 	}
-	crds, err := b.SnapshotCRDs(ctx)
+	if c.crds, err = c.builder.SnapshotCRDs(ctx); err != nil {
+		return err
+	}
+	manifests, err := c.manifests(ctx, binaries["kubectl"])
+	if err != nil {
+		return err
+	}
+	images, err := buildImages(ctx, c.builder, manifests)
 	if err != nil {
 		return err
 	}
 	if err := down(ctx, log); err != nil {
-		return err
-	}
-	c := &Cluster{builder: b, crds: crds, log: log}
-	if c.network, err = chooseNetwork(); err != nil {
 		return err
 	}
 	defer func() {
@@ -156,20 +159,29 @@ func Up(ctx context.Context, directory string, log io.Writer) (err error) {
 			err = fmt.Errorf("%w\nThe cluster stays as it is, to be looked at: logs are in %s/*/logs; make cluster-down removes it", err, Dir)
 		}
 	}()
-	if err := c.prepare(binaries); err != nil {
+	if c.network, err = chooseNetwork(); err != nil {
 		return err
 	}
-	if err := b.Step("starting the control plane", func() error { return c.startControlPlane(ctx) }); err != nil {
+	if err := c.prepare(binaries, images); err != nil {
 		return err
 	}
-	if err := b.Step("starting the nodes", func() error { return c.startNodes(ctx) }); err != nil {
+	if err := c.builder.Step("starting the control plane", func() error { return c.startControlPlane(ctx) }); err != nil {
 		return err
 	}
-	return b.Step("starting the snapshot controller", func() error { return c.startSnapshotController(ctx) })
+	if err := c.builder.Step("starting the nodes", func() error { return c.startNodes(ctx) }); err != nil {
+		return err
+	}
+	if err := c.builder.Step("starting the snapshot controller", func() error { return c.startSnapshotController(ctx) }); err != nil {
+		return err
+	}
+	if bare {
+		return nil
+	}
+	return c.install(ctx, images)
 }
 
 // prepare writes what all of the cluster use.
-func (c *Cluster) prepare(binaries map[string]string) error {
+func (c *Cluster) prepare(binaries map[string]string, images []build.Image) error {
 	if err := os.MkdirAll(filepath.Join(Dir, "bin"), 0o755); err != nil {
 		return err
 	}
@@ -182,7 +194,19 @@ func (c *Cluster) prepare(binaries map[string]string) error {
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(Dir, "network.json"), data, 0o644)
+	return errors.Join(
+		os.WriteFile(filepath.Join(Dir, "network.json"), data, 0o644),
+		writeImages(images),
+	)
+}
+
+// machines gives the machines of the cluster, running or not.
+func machines() []machine {
+	all := []machine{control}
+	for _, n := range (&Cluster{}).Nodes() {
+		all = append(all, n.machine)
+	}
+	return all
 }
 
 // startNodes starts all nodes at once.
@@ -215,15 +239,14 @@ func Down(ctx context.Context, log io.Writer) error {
 }
 
 func down(ctx context.Context, log io.Writer) error {
-	if _, err := os.Stat(Dir); errors.Is(err, fs.ErrNotExist) {
-		return leftovers()
+	if leftovers() == nil {
+		return nil
 	}
 	fmt.Fprintln(log, "stopping the cluster…")
-	machines := []machine{control}
-	for _, n := range (&Cluster{}).Nodes() {
-		machines = append(machines, n.machine)
+	if err := parallel(machines(), func(m machine) error { return m.halt(ctx) }); err != nil {
+		return err
 	}
-	if err := parallel(machines, func(m machine) error { return m.halt(ctx) }); err != nil {
+	if err := detach(ctx); err != nil {
 		return err
 	}
 	if err := detachLoops(ctx, Dir); err != nil {
@@ -235,14 +258,13 @@ func down(ctx context.Context, log io.Writer) error {
 	if err := os.RemoveAll(Dir); err != nil {
 		return err
 	}
-	// The kernel takes a network namespace apart in its own time.
-	return poll(ctx, time.Minute, "all of the cluster to be gone", func(context.Context) error { return leftovers() })
+	return leftovers()
 }
 
 // leftovers tells what of a cluster is there, as an error.
 func leftovers() error {
 	var found []string
-	for _, m := range []machine{control, {"node-1"}, {"node-2"}, {"node-3"}} {
+	for _, m := range machines() {
 		pid, err := m.pid()
 		if err != nil {
 			return err

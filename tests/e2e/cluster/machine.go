@@ -105,9 +105,11 @@ func (m machine) boot(ctx context.Context) error {
 	if err := m.run(ctx, "ip", "link", "set", "lo", "up"); err != nil {
 		return err
 	}
-	// Without IPv6 no address waits for duplicate address detection.
+	// Without IPv6 no address waits for duplicate address detection. Connections to
+	// the dead are given up at the first try, as network.go says.
 	return m.run(ctx, "sh", "-c", `
 		echo 1 >/proc/sys/net/ipv4/ip_forward
+		echo 1 >/proc/sys/net/ipv4/tcp_orphan_retries
 		for f in /proc/sys/net/ipv6/conf/*/disable_ipv6; do [ ! -e $f ] || echo 1 >$f; done`)
 }
 

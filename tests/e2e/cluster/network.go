@@ -6,6 +6,7 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io/fs"
 	"math/bits"
 	"net/netip"
 	"os"
@@ -119,7 +120,11 @@ func (n network) attachNode(ctx context.Context, control, node machine, index in
 	if err != nil {
 		return err
 	}
-	// The link of the node's last life may still be on its way out.
+	if _, err := control.output(ctx, "ip", "link", "show", node.name); err == nil { // of its last life, see detach
+		if err := control.ip(ctx, "link del "+node.name); err != nil {
+			return err
+		}
+	}
 	if err := control.ip(ctx,
 		fmt.Sprintf("link add %s type veth peer name eth0 netns %d", node.name, pid),
 		fmt.Sprintf("link set %s master bridge up", node.name),
@@ -138,6 +143,16 @@ func (n network) attachNode(ctx context.Context, control, node machine, index in
 		}
 	}
 	return node.ip(ctx, commands...)
+}
+
+// detach removes the link of this machine. Links vanish with their namespaces, but
+// a namespace outlives its processes by as long as TCP still tries to tell others,
+// who may be dead as well, that connections have ended.
+func detach(ctx context.Context) error {
+	if _, err := os.Stat("/sys/class/net/" + link); errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return ip(ctx, "link del "+link)
 }
 
 // ip runs commands of ip(8) on this machine.

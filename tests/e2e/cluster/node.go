@@ -11,12 +11,12 @@ import (
 	"syscall"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
+	"github.com/orlop-csi/orlop/tests/e2e/build"
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 )
 
-// Nodes is how many nodes a cluster has: node-1, node-2, …
+// Nodes is how many nodes a cluster has: they are called node-1, node-2 and so on.
 const Nodes = 3
 
 // Node is a node: containerd, kubelet and kube-proxy in namespaces of their own.
@@ -80,7 +80,11 @@ func (n *Node) Start(ctx context.Context) error {
 	if err := n.boot(ctx); err != nil {
 		return err
 	}
-	if err := n.cluster.load(ctx, n); err != nil {
+	images, err := n.cluster.images()
+	if err != nil {
+		return err
+	}
+	if err := n.load(ctx, images); err != nil {
 		return err
 	}
 	return n.join(ctx)
@@ -189,9 +193,10 @@ func (n *Node) configure() error {
 		"$CA", filepath.Join(control.dir(), "pki/ca.crt"),
 		"$NODE", n.Name,
 		"$CGROUP", filepath.Join("/", cgroupRoot, n.Name),
-		"$PAUSE", pauseImage,
+		"$PAUSE", build.PauseImage,
 		"$PODS", n.cluster.network.podsOf(n.index),
 		"$CLUSTERPODS", n.cluster.network.pods(),
+		"$TAINTS", n.cluster.taints(),
 		"$GATES", strings.ReplaceAll(gates, "=", ": "),
 	)
 	for name, text := range configuration {
@@ -256,12 +261,12 @@ cgroupRoot: $CGROUP
 failCgroupV1: false
 failSwapOn: false
 oomScoreAdj: 0
-localStorageCapacityIsolation: false
 evictionHard: {memory.available: 10Mi, nodefs.available: 0%, imagefs.available: 0%, nodefs.inodesFree: 0%, imagefs.inodesFree: 0%}
 imageGCHighThresholdPercent: 100
 imageGCLowThresholdPercent: 99
 maxPods: 200
 resolvConf: ""
+registerWithTaints: $TAINTS
 volumeStatsAggPeriod: 10s
 featureGates: {$GATES}
 `,

@@ -145,7 +145,7 @@ func TestANodeCanOnlyAskForItsCertificate(t *testing.T) {
 	all := kustomizeObjects(t, kubernetes)
 	want := []rbacv1.PolicyRule{{
 		APIGroups: []string{"certificates.k8s.io"}, Resources: []string{"certificatesigningrequests"},
-		Verbs: []string{"create", "get", "list", "watch"},
+		Verbs: []string{"create", "watch"},
 	}}
 	if diff := cmp.Diff(want, get[*rbacv1.ClusterRole](t, all, "ClusterRole/orlop-node").Rules); diff != "" {
 		t.Errorf("want (-) and got (+) differ:\n%s", diff)

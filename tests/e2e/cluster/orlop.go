@@ -15,9 +15,10 @@ import (
 	"github.com/orlop-csi/orlop/tests/e2e/build"
 )
 
-// What a user has of Orlop, and no more: its manifests, and the names in them.
+// What a user has of Orlop, and no more: its manifests, with pools of his own, and
+// the names in them.
 const (
-	manifestsDir = "deploy/kubernetes"
+	manifestsDir = "tests/e2e/deploy"
 	namespace    = "orlop-system"
 )
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"path"
 	"strings"
@@ -25,7 +26,7 @@ func render(dir string, values map[string]any, service string) (map[string]strin
 		return nil, err
 	}
 	rendering["Release"].(map[string]any)["Service"] = service //nolint:forcetypeassert // Helm's own
-	files, err := engine.Engine{Strict: true}.Render(chart, rendering)
+	files, err := engine.Engine{Strict: true}.RenderWithContext(context.Background(), chart, rendering)
 	if err != nil {
 		return nil, err
 	}

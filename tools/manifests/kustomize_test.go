@@ -10,7 +10,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	storagev1 "k8s.io/api/storage/v1"
-	"k8s.io/utils/ptr"
 
 	"github.com/orlop-csi/orlop/pkg/config"
 )
@@ -97,12 +96,12 @@ func TestNodePoolsAreAsOfTheChart(t *testing.T) {
 func TestCSIDriver(t *testing.T) {
 	got := get[*storagev1.CSIDriver](t, kustomizeObjects(t, kubernetes), "CSIDriver/csi.orlop.dev").Spec
 	want := storagev1.CSIDriverSpec{
-		AttachRequired:       ptr.To(false),
-		PodInfoOnMount:       ptr.To(true),
-		RequiresRepublish:    ptr.To(false),
-		StorageCapacity:      ptr.To(true),
-		SELinuxMount:         ptr.To(true),
-		FSGroupPolicy:        ptr.To(storagev1.FileFSGroupPolicy),
+		AttachRequired:       new(false),
+		PodInfoOnMount:       new(true),
+		RequiresRepublish:    new(false),
+		StorageCapacity:      new(true),
+		SELinuxMount:         new(true),
+		FSGroupPolicy:        new(storagev1.FileFSGroupPolicy),
 		VolumeLifecycleModes: []storagev1.VolumeLifecycleMode{storagev1.VolumeLifecyclePersistent, storagev1.VolumeLifecycleEphemeral},
 	}
 	if diff := cmp.Diff(want, got); diff != "" {

@@ -6,6 +6,7 @@ package main
 import (
 	"flag"
 	"fmt"
+	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
@@ -45,18 +46,19 @@ func generate(chart, out string) error {
 			return err
 		}
 	}
-	return filepath.WalkDir(out, func(file string, entry os.DirEntry, err error) error {
+	old, err := os.OpenRoot(out)
+	if err != nil {
+		return err
+	}
+	defer old.Close()
+	return fs.WalkDir(old.FS(), ".", func(name string, entry fs.DirEntry, err error) error {
 		if err != nil || entry.IsDir() {
 			return err
 		}
-		name, err := filepath.Rel(out, file)
-		if err != nil {
-			return err
-		}
-		if _, found := files[filepath.ToSlash(name)]; found {
+		if _, found := files[name]; found {
 			return nil
 		}
-		return os.Remove(file)
+		return old.Remove(name)
 	})
 }
 
@@ -82,11 +84,8 @@ func base(chart string) (map[string]string, error) {
 	}
 	for dir, names := range resources {
 		slices.Sort(names)
-		text := header + "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n"
-		for _, name := range names {
-			text += "- " + name + "\n"
-		}
-		files[path.Join(dir, "kustomization.yaml")] = text
+		files[path.Join(dir, "kustomization.yaml")] = header + "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\nresources:\n- " +
+			strings.Join(names, "\n- ") + "\n"
 	}
 	return files, nil
 }

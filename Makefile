@@ -82,6 +82,10 @@ fuzz: need-go ## Run every fuzz target for FUZZTIME (20s) each
 
 ##@ Kubernetes on this machine
 
+.PHONY: e2e-upstream
+e2e-upstream: need-cluster ## Kubernetes' own storage suite on it; FOCUS=snapshot selects by name (root, long)
+	@cd tests/e2e && go run ./cmd/upstream -focus '$(FOCUS)'
+
 .PHONY: cluster-up
 cluster-up: need-cluster ## Start a Kubernetes of three nodes with Orlop on it, and tell how to use it (root)
 	@cd tests/e2e && go run ./cmd/cluster up
@@ -118,7 +122,7 @@ verify: lint ## Fail if `make update` would change anything, or a linter finds s
 	@scripts/install shellcheck
 	shellcheck .ci/run scripts/*
 	@scripts/verify
-	cd tools/manifests && go test ./...
+	cd tools/manifests && go test -count=1 ./...
 
 # What the targets above need.
 

@@ -23,7 +23,7 @@ import (
 )
 
 // images are those that pods of the suite are made of.
-var images = []image.ImageID{image.Agnhost, image.AgnhostPrev, image.BusyBox, image.GlibcDnsTesting, image.Nginx, image.Pause}
+var images = []image.ImageID{image.Agnhost, image.AgnhostPrev, image.BusyBox, image.GlibcDnsTesting, image.Nginx}
 
 func TestMain(m *testing.M) {
 	list := flag.Bool("images", false, "print the names of the images, and do nothing else")

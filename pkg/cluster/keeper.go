@@ -173,8 +173,10 @@ func (k *Keeper) adopt(a *authority) {
 func (k *Keeper) fail(err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if k.problem == nil || k.problem.Error() != err.Error() { // once, not at every try
+		k.report("The authority cannot be kept", err)
+	}
 	k.problem = err
-	k.report("The authority", err)
 }
 
 // Problem is what is wrong with the authority; nil if nothing.

@@ -57,23 +57,24 @@ func (s *standalone) nodeCredentials() (credentials.TransportCredentials, error)
 // userAgent is what the driver calls itself to the API server.
 func userAgent(version string) string { return "csi-driver/" + version }
 
-// watchedHandshake tells when a handshake failed.
+// watchedHandshake tells when a handshake failed for that the authority of one
+// side is unknown to the other.
 type watchedHandshake struct {
 	credentials.TransportCredentials
 
-	failed func()
+	strangers func()
 }
 
 func (w watchedHandshake) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {
 	secured, info, err := w.TransportCredentials.ServerHandshake(c)
-	if err != nil {
-		w.failed()
+	if peer.Strangers(err) {
+		w.strangers()
 	}
 	return secured, info, err
 }
 
 func (w watchedHandshake) Clone() credentials.TransportCredentials {
-	return watchedHandshake{w.TransportCredentials.Clone(), w.failed}
+	return watchedHandshake{w.TransportCredentials.Clone(), w.strangers}
 }
 
 // registerWithKubelet prepares the offer to the kubelet.

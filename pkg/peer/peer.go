@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"net"
 	"net/url"
 	"time"
 )
@@ -110,4 +111,14 @@ func (c *Credentials) verify(s tls.ConnectionState, meant *url.URL, usage x509.E
 		}
 	}
 	return fmt.Errorf("the peer is %v, not %s", leaf.URIs, meant)
+}
+
+// Strangers reports whether a handshake failed because the two sides do not know
+// each other's authority, as far as this side can tell: either it did not know
+// the other's, or the other broke off with an alert, which in TLS 1.3 is all that
+// is heard of why.
+func Strangers(err error) bool {
+	var network *net.OpError
+	return errors.As(err, &x509.UnknownAuthorityError{}) ||
+		errors.As(err, &network) && network.Op == "remote error" // so package tls marks alerts
 }

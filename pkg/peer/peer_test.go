@@ -2,6 +2,8 @@ package peer_test
 
 import (
 	"crypto/tls"
+	"crypto/x509"
+	"net"
 	"net/url"
 	"os"
 	"path/filepath"
@@ -161,5 +163,51 @@ func TestLoadSaysWhatIsMissing(t *testing.T) {
 		if _, err := peer.Load(dir); err == nil || !strings.Contains(err.Error(), name) {
 			t.Errorf("with a bad %s: %v", name, err)
 		}
+	}
+}
+
+func TestItIsSeenWhenTheAuthorityIsAnother(t *testing.T) {
+	a, other := harness.NewAuthority(t), harness.NewAuthority(t)
+	node := issued(t, a, peer.Node("node-1"), later)
+	trusting := issued(t, other, peer.Controller(), later).Client("node-1") // it looks at nothing, and shows its certificate
+	trusting.VerifyConnection = nil
+	for name, test := range map[string]struct {
+		client *tls.Config
+		want   bool
+	}{
+		"the router's is, and it breaks off":     {issued(t, other, peer.Controller(), later).Client("node-1"), true},
+		"the router's is, and the node sees it":  {trusting, true},
+		"the same, but it is a node that calls":  {issued(t, a, peer.Node("node-2"), later).Client("node-1"), false},
+		"the same, but the certificate is ended": {issued(t, a, peer.Controller(), before).Client("node-1"), false},
+		"no certificate is shown":                {&tls.Config{InsecureSkipVerify: true}, false},
+		"all is well":                            {issued(t, a, peer.Controller(), later).Client("node-1"), false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			if _, serverErr := connect(t, test.client, node.Server()); peer.Strangers(serverErr) != test.want {
+				t.Errorf("the node says %v", serverErr)
+			}
+		})
+	}
+	t.Run("somebody looks whether the port is open", func(t *testing.T) {
+		client, server := net.Pipe()
+		client.Close()
+		if err := tls.Server(server, node.Server()).Handshake(); err == nil || peer.Strangers(err) {
+			t.Errorf("the node says %v", err)
+		}
+	})
+}
+
+func TestACertificateForServersIsNoRouters(t *testing.T) {
+	a := harness.NewAuthority(t)
+	node := issued(t, a, peer.Node("node-1"), later)
+	dir := t.TempDir()
+	a.Issue(dir, peer.Controller(), later, x509.ExtKeyUsageServerAuth)
+	c, err := peer.Load(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	clientErr, serverErr := connect(t, c.Client("node-1"), node.Server())
+	if clientErr == nil || serverErr == nil || !strings.Contains(serverErr.Error(), "usage") {
+		t.Errorf("client: %v, server: %v", clientErr, serverErr)
 	}
 }

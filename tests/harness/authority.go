@@ -46,9 +46,13 @@ func NewAuthority(t testing.TB) *Authority {
 	return a
 }
 
-// Issue writes credentials of that identity to a directory, valid until then.
-func (a *Authority) Issue(dir string, identity *url.URL, until time.Time) {
+// Issue writes credentials of that identity to a directory, valid until then. They
+// are for both ends of a connection unless usages say something else.
+func (a *Authority) Issue(dir string, identity *url.URL, until time.Time, usages ...x509.ExtKeyUsage) {
 	a.t.Helper()
+	if len(usages) == 0 {
+		usages = []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth}
+	}
 	if err := os.MkdirAll(dir, 0o700); err != nil {
 		a.t.Fatal(err)
 	}
@@ -59,7 +63,7 @@ func (a *Authority) Issue(dir string, identity *url.URL, until time.Time) {
 		NotAfter:     until,
 		URIs:         []*url.URL{identity},
 		KeyUsage:     x509.KeyUsageDigitalSignature,
-		ExtKeyUsage:  []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		ExtKeyUsage:  usages,
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.certificate, key.Public(), a.key)
 	if err != nil {

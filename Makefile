@@ -52,8 +52,8 @@ test-unit: need-go ## Tests that need no privilege
 
 .PHONY: test-integration
 test-integration: need-root need-filesystems ## Tests on the kernel's loop devices and filesystems (root)
-	@scripts/install gcc
-	go test -race -tags integration -count=1 ./pkg/... ./tests/integration/... ./tests/crash/...
+	@scripts/install gcc ip
+	go test -race -tags integration -count=1 -timeout 30m ./pkg/... ./tests/integration/... ./tests/crash/...
 
 .PHONY: crash
 crash: need-root need-filesystems ## Kill the driver at every point of every operation; test-integration does so at every 12th (root)

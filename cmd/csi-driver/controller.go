@@ -1,6 +1,8 @@
 package main
 
 import (
+	"time"
+
 	"github.com/spf13/cobra"
 
 	"github.com/orlop-csi/orlop/pkg/driver"
@@ -21,7 +23,10 @@ certificates of router and nodes is made and kept in a Secret, and is replaced
 before it ends. The router is the signer of orlop.dev/peer: it signs what a node
 requests for itself with the service account of the node drivers, and refuses
 everything else. It takes the taint csi.orlop.dev/not-ready off a node once the
-driver serves there.`
+driver serves there.
+
+What a node holds and nothing claims is reported as an orphan, in the log and in
+the metrics, and never removed without being told to: see csi-driver orphans.`
 
 const controllerExample = `  csi-driver controller --tls-dir /etc/orlop/tls \
     --node node-1=192.0.2.1:9810 --node node-2=192.0.2.2:9810
@@ -67,6 +72,11 @@ func newController() *cobra.Command {
 		"`name` of the service account of the node drivers, the only one to which certificates are issued")
 	f.StringVar(&o.CASecret, "ca-secret", "orlop-ca",
 		"`name` of the Secret in which the authority for certificates is kept; it is made if it is not there")
+	f.StringVar(&o.ClaimsFile, "claims-file", "",
+		"`file` that lists the IDs of the volumes and snapshots that are wanted, one a line, where there is no Kubernetes to tell. It is read anew each time; replace it by renaming. Without it, orphans cannot be told")
+	f.DurationVar(&o.OrphanGracePeriod, "orphan-grace-period", time.Hour,
+		"`time` for which nothing must have claimed a volume or snapshot before it is reported as an orphan")
+	mustComplete(c.MarkFlagFilename("claims-file"))
 	processFlags(c, &o.MetricsAddress, &o.ShutdownTimeout, &l)
 	return c
 }

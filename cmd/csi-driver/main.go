@@ -77,6 +77,6 @@ nothing on the host but a Linux kernel and the tools that make filesystems.`,
 		DisableSuggestions: true, // they take a second line
 	}
 	root.SetUsageTemplate(strings.ReplaceAll(root.UsageTemplate(), "FlagUsages", "FlagUsagesWrapped 100"))
-	root.AddCommand(newStandalone(), newNode(), newController(), newVersion(), newReference(root))
+	root.AddCommand(newStandalone(), newNode(), newController(), newOrphans(), newVersion(), newReference(root))
 	return root
 }

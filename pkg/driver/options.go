@@ -110,6 +110,12 @@ type RouterOptions struct {
 	NodeService, NodeAccount string
 	// CASecret is the Secret in which the routers keep their authority.
 	CASecret string
+	// ClaimsFile lists what is claimed of the nodes' volumes and snapshots,
+	// where there is no Kubernetes to tell; see router.FileClaims.
+	ClaimsFile string
+	// OrphanGracePeriod is how long something is unclaimed before it is an
+	// orphan.
+	OrphanGracePeriod time.Duration
 }
 
 // Validate checks what the flags alone can tell. The error names the flag.
@@ -119,6 +125,9 @@ func (o RouterOptions) Validate() error {
 	}
 	if err := validateTrust(o.TLSDir, o.Kubernetes, o.Kubeconfig); err != nil {
 		return err
+	}
+	if o.OrphanGracePeriod <= 0 {
+		return fmt.Errorf("--orphan-grace-period: %s is no time", o.OrphanGracePeriod)
 	}
 	if o.Kubernetes {
 		return o.validateKubernetes()
@@ -140,6 +149,9 @@ func (o RouterOptions) Validate() error {
 func (o RouterOptions) validateKubernetes() error {
 	if len(o.Nodes) > 0 {
 		return errors.New("--node and --kubernetes: give one of them")
+	}
+	if o.ClaimsFile != "" {
+		return errors.New("--claims-file and --kubernetes: give one of them")
 	}
 	for flag, value := range map[string]string{
 		"--node-service": o.NodeService, "--node-service-account": o.NodeAccount, "--ca-secret": o.CASecret,

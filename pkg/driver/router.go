@@ -19,6 +19,7 @@ import (
 type fleet struct {
 	nodes  router.Discovery
 	own    *peer.Credentials
+	claims router.Claimer // nil if nothing is known of claims
 	health health
 	// parts keep that up to date; they may use the router.
 	parts func(*router.Server) []part
@@ -52,6 +53,10 @@ func Router(ctx context.Context, o RouterOptions) error {
 	calls := newCalls(socket, metrics, &ready, o.ShutdownTimeout)
 	csi.RegisterIdentityServer(calls.server, &identity{version: o.Version, ready: &ready})
 	csi.RegisterControllerServer(calls.server, service)
+	found := &orphanCollector{}
+	registry.MustRegister(found)
+	orphans := router.NewOrphans(service, f.claims, o.OrphanGracePeriod, found.observe)
+	orphans.Register(calls.server)
 	var parts []part
 	if o.MetricsAddress != "" {
 		l, err := net.Listen("tcp", o.MetricsAddress)
@@ -64,6 +69,9 @@ func Router(ctx context.Context, o RouterOptions) error {
 	}
 	if f.parts != nil {
 		parts = append(parts, f.parts(service)...)
+	}
+	if f.claims != nil {
+		parts = append(parts, orphans.Run)
 	}
 	klog.InfoS("Serving", "version", o.Version, "kubernetes", o.Kubernetes, "nodes", len(o.Nodes), "endpoint", o.Endpoint, "metrics", o.MetricsAddress)
 	return run(ctx, append(parts, calls.serve)...)
@@ -83,7 +91,14 @@ func staticFleet(o RouterOptions) (*fleet, error) {
 		}
 		nodes = append(nodes, router.Node{Segment: segment, Address: address})
 	}
-	return &fleet{nodes: nodes, own: own}, nil
+	f := &fleet{nodes: nodes, own: own}
+	if o.ClaimsFile != "" {
+		f.claims = router.FileClaims(o.ClaimsFile)
+		if _, err := f.claims.Claimed(context.Background()); err != nil {
+			return nil, fmt.Errorf("--claims-file: %w", err)
+		}
+	}
+	return f, nil
 }
 
 // clusterFleet is the nodes of a Kubernetes cluster, and credentials from an
@@ -103,7 +118,7 @@ func clusterFleet(o RouterOptions) (*fleet, error) {
 		return nil, err
 	}
 	keeper := client.Keeper(o.Namespace, o.CASecret, report)
-	f := &fleet{nodes: nodes, own: peer.New(keeper.Keys)}
+	f := &fleet{nodes: nodes, own: peer.New(keeper.Keys), claims: clusterClaims{cluster.Claims{Client: client, Driver: Name}}}
 	f.health.awaited = []func() error{nodes.Problem, keeper.Problem}
 	f.parts = func(s *router.Server) []part {
 		return []part{

@@ -4,7 +4,9 @@ import (
 	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"slices"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"google.golang.org/grpc/codes"
@@ -32,7 +34,7 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 	if err := request.Required("name", r.GetName()); err != nil {
 		return nil, err
 	}
-	end, err := s.names.Begin("volume "+r.GetName(), pool.Create)
+	end, err := s.names.Begin("volume "+pool.NameFor(r.GetName()), pool.Create)
 	if err != nil {
 		return nil, err
 	}
@@ -64,11 +66,12 @@ func (s *Server) candidates(ctx context.Context, r *csi.CreateVolumeRequest) ([]
 	if len(members) == 0 {
 		return nil, pool.Errorf(pool.ErrUnavailable, "there is no node yet that could hold volume %s", r.GetName())
 	}
+	all := names(members)
 	members = slices.DeleteFunc(members, func(m member) bool {
 		return !request.Reachable(r.GetAccessibilityRequirements(), m.Segment)
 	})
 	if len(members) == 0 {
-		return nil, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements allow no node that there is")
+		return nil, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements allow no node that there is; there are %s", all)
 	}
 	source := r.GetVolumeContentSource()
 	if source == nil {
@@ -83,6 +86,20 @@ func (s *Server) candidates(ctx context.Context, r *csi.CreateVolumeRequest) ([]
 		return nil, pool.Errorf(pool.ErrNoSpace, "the source is on node %s, which accessibility_requirements do not allow", owner.Segment)
 	}
 	return members, nil
+}
+
+// names lists the first nodes.
+func names(members []member) string {
+	const most = 5
+	var list []string
+	for i, m := range members {
+		if i == most {
+			list = append(list, fmt.Sprintf("and %d more", len(members)-most))
+			break
+		}
+		list = append(list, m.Segment)
+	}
+	return strings.Join(list, ", ")
 }
 
 func (s *Server) sourceOwner(ctx context.Context, source *csi.VolumeContentSource) (member, error) {
@@ -195,7 +212,7 @@ func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotReques
 	if err := request.Required("source_volume_id", r.GetSourceVolumeId()); err != nil {
 		return nil, err
 	}
-	end, err := s.names.Begin("snapshot "+r.GetName(), pool.Create)
+	end, err := s.names.Begin("snapshot "+pool.NameFor(r.GetName()), pool.Create)
 	if err != nil {
 		return nil, err
 	}

@@ -3,7 +3,6 @@ package router
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -127,7 +126,7 @@ func find[T any](ctx context.Context, members []member, what string, call func(c
 		case tells(a.err): // such as ALREADY_EXISTS, or ABORTED: it is being made
 			refused = cmp.Or(refused, a.err)
 		case unclear == nil:
-			unclear = pool.Errorf(pool.ErrUnavailable, "whether %s exists already is unknown: %w", what, a.err)
+			unclear = pool.Errorf(pool.ErrUnavailable, "whether %s exists already is unknown: %s", what, said(a.err))
 		}
 	}
 	return nil, cmp.Or(refused, unclear)
@@ -175,7 +174,7 @@ func place(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (*
 		full = cmp.Or(full, at(ctx, a.member, err))
 	}
 	if unclear != nil {
-		return nil, pool.Errorf(pool.ErrUnavailable, "no node that answers has room for volume %s: %w", r.GetName(), errors.Join(full, unclear))
+		return nil, pool.Errorf(pool.ErrUnavailable, "no node that answers has room for volume %s; %s", r.GetName(), said(unclear))
 	}
 	return nil, full
 }

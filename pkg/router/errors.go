@@ -23,6 +23,10 @@ func at(ctx context.Context, m member, err error) error {
 	return status.Error(code, fmt.Sprintf("node %s: %s", m.Segment, s.Message()))
 }
 
+// said is the message of a node's answer, for an error that has another code: a
+// status that is wrapped would bring its own along.
+func said(err error) string { return status.Convert(err).Message() }
+
 // is reports whether a node answered with a code.
 func is(err error, code codes.Code) bool { return status.Code(err) == code }
 

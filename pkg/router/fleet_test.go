@@ -161,16 +161,15 @@ var testCodes = map[error]codes.Code{
 	pool.ErrInUse: codes.FailedPrecondition, pool.ErrPrecondition: codes.FailedPrecondition,
 }
 
-// wantCode fails the test unless an error, of a call or of the server itself,
-// has a code.
+// wantCode fails the test unless package driver would make of an error, of a
+// call or of the server itself, that code.
 func wantCode(t *testing.T, what string, err error, code codes.Code) {
 	t.Helper()
-	got := status.FromContextError(err).Code()
+	got := testCodes[pool.Kind(err)]
 	if s, ok := status.FromError(err); ok {
 		got = s.Code()
-	}
-	if kind := pool.Kind(err); kind != nil {
-		got = testCodes[kind]
+	} else if pool.Kind(err) == nil {
+		got = status.FromContextError(err).Code()
 	}
 	if got != code {
 		t.Errorf("%s: %v; want %s", what, err, code)

@@ -91,7 +91,7 @@ func (s *Server) owner(ctx context.Context, id string) (member, error) {
 		case a.value:
 			return a.member, nil
 		case a.err != nil && unanswered == nil:
-			unanswered = pool.Errorf(pool.ErrUnavailable, "node %s, which made %s, %s, and whether another has the disk is unknown: %w", parsed.Node, id, what, a.err)
+			unanswered = pool.Errorf(pool.ErrUnavailable, "node %s, which made %s, %s, and whether another has the disk is unknown: %s", parsed.Node, id, what, said(a.err))
 		}
 	}
 	if ctx.Err() != nil {

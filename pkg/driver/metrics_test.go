@@ -14,6 +14,7 @@ import (
 	"github.com/orlop-csi/orlop/pkg/kubelet"
 	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/router"
 )
 
 // fixedPool is a pool in a state that a test chose.
@@ -133,6 +134,9 @@ func TestEveryMetricIsDocumentedAndEveryDocumentedOneIsServed(t *testing.T) {
 	calls.observe("/csi.v1.Identity/Probe", codes.OK, 0)
 	registry.MustRegister(poolCollector[fixedPool]{{name: "default"}})
 	registry.MustRegister(certificateExpiry(peer.New(func() (peer.Keys, error) { return peer.Keys{}, nil })), registered(&kubelet.Registration{}))
+	orphans := &orphanCollector{}
+	orphans.observe(router.Report{Nodes: []string{"node-1"}, Kinds: []router.Kind{router.KindVolume}}, nil)
+	registry.MustRegister(orphans)
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)

@@ -112,7 +112,7 @@ func (b *Builder) Binaries(ctx context.Context) (map[string]string, error) {
 			files[name] = filepath.Join(dir, name)
 		}
 		for _, name := range m.links {
-			files[name] = filepath.Join(dir, m.binaries[0])
+			files[name] = filepath.Join(dir, name)
 		}
 	}
 	return files, nil
@@ -135,7 +135,7 @@ func (b *Builder) module(ctx context.Context, m module) (string, error) {
 		return "", err
 	}
 	ldflags := strings.TrimSpace("-s -w " + m.ldflags)
-	key := hash(version, runtime.GOARCH, ldflags, m.packages, m.binaries)
+	key := hash(version, runtime.GOARCH, ldflags, m.packages, m.binaries, m.links)
 	if err := hashTree(key, m.name, b.moduleDir(m.name)); err != nil {
 		return "", err
 	}
@@ -155,7 +155,11 @@ func (b *Builder) module(ctx context.Context, m module) (string, error) {
 		if _, err := b.goCommand(ctx, m.name, args...); err != nil {
 			return err
 		}
-		// A package whose path ends in a version is named after the element before.
+		for _, name := range m.links {
+			if err := os.Symlink(m.binaries[0], filepath.Join(dir, name)); err != nil {
+				return err
+			}
+		}
 		for _, name := range m.binaries {
 			if _, err := os.Stat(filepath.Join(dir, name)); err != nil {
 				return fmt.Errorf("go build made no %s: %w", name, err)

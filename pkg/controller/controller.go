@@ -1,6 +1,6 @@
-// Package controller is the CSI Controller service for the pools of this node:
-// it makes and removes volumes and snapshots, and tells of them and of the room
-// there is. It mounts and attaches nothing; package node does.
+// Package controller is the CSI Controller and SnapshotMetadata services for the
+// pools of this node: it makes and removes volumes and snapshots, and tells of
+// them, of what changed between two, and of the room there is. It mounts and attaches nothing; package node does.
 package controller
 
 import (
@@ -34,9 +34,11 @@ var capabilities = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_MODIFY_VOLUME,
 }
 
-// Server implements csi.ControllerServer over the pools of one node.
+// Server implements csi.ControllerServer and csi.SnapshotMetadataServer over the
+// pools of one node.
 type Server struct {
 	csi.UnimplementedControllerServer
+	csi.UnimplementedSnapshotMetadataServer
 
 	pools    *pool.Set
 	enforcer Enforcer

@@ -55,6 +55,8 @@ var subjects = []struct {
 	{"volume_id", "volumeID"},
 	{"snapshot_id", "snapshotID"},
 	{"source_volume_id", "sourceVolumeID"},
+	{"base_snapshot_id", "baseSnapshotID"},
+	{"target_snapshot_id", "targetSnapshotID"},
 }
 
 // edge is what every call passes on its way in and out: it checks the size of

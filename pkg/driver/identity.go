@@ -13,6 +13,7 @@ var pluginServices = []csi.PluginCapability_Service_Type{
 	csi.PluginCapability_Service_CONTROLLER_SERVICE,
 	csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS,
 	csi.PluginCapability_Service_SNAPSHOT_ACCESSIBILITY_CONSTRAINTS,
+	csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE,
 }
 
 // pluginExpansion is how volumes can grow.

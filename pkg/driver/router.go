@@ -25,8 +25,9 @@ type fleet struct {
 	parts func(*router.Server) []part
 }
 
-// Router serves CSI Identity and Controller for a fleet of nodes, until ctx is
-// done and the calls in flight have ended. Options must be valid.
+// Router serves CSI Identity, Controller and SnapshotMetadata for a fleet of
+// nodes, until ctx is done and the calls in flight have ended. Options must be
+// valid.
 func Router(ctx context.Context, o RouterOptions) error {
 	find := staticFleet
 	if o.Kubernetes {
@@ -53,6 +54,7 @@ func Router(ctx context.Context, o RouterOptions) error {
 	calls := newCalls(socket, metrics, &ready, o.ShutdownTimeout)
 	csi.RegisterIdentityServer(calls.server, &identity{version: o.Version, ready: &ready})
 	csi.RegisterControllerServer(calls.server, service)
+	csi.RegisterSnapshotMetadataServer(calls.server, service)
 	found := &orphanCollector{}
 	registry.MustRegister(found)
 	orphans := router.NewOrphans(service, f.claims, o.OrphanGracePeriod, found.observe)

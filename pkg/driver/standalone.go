@@ -124,10 +124,12 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	defer controllerService.Close()
 	csi.RegisterIdentityServer(s.calls.server, &identity{version: s.options.Version, ready: &s.ready})
 	csi.RegisterControllerServer(s.calls.server, controllerService)
+	csi.RegisterSnapshotMetadataServer(s.calls.server, controllerService)
 	csi.RegisterNodeServer(s.calls.server, nodeService)
 	serve := []part{s.calls.serve}
 	if s.peer != nil { // what a router needs, and no more
 		csi.RegisterControllerServer(s.peer.server, controllerService)
+		csi.RegisterSnapshotMetadataServer(s.peer.server, controllerService)
 		serve = append(serve, s.peer.serve)
 	}
 	if s.certificate != nil {

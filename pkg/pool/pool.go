@@ -9,6 +9,7 @@ package pool
 
 import (
 	"context"
+	"iter"
 	"time"
 )
 
@@ -93,6 +94,21 @@ type Engine interface {
 	Snapshot(name string) (Snapshot, error)
 	// Snapshots lists snapshots as Volumes lists volumes.
 	Snapshots(after string, max int) []Snapshot
+	// Allocated gives the ranges of a snapshot from that offset on that have
+	// been written; all else reads as zeros. It reads none of its bytes.
+	Allocated(ctx context.Context, snapshot string, from int64) iter.Seq2[Range, error]
+	// Changed gives the ranges of the target from that offset on that may
+	// differ from the base: all that do, and of those that do not only what
+	// was written again. What the target has behind the base's end counts as
+	// zeros in the base. It reads none of their bytes. Both must be of this
+	// pool, and of one volume; a pool that cannot reflink is ErrPrecondition,
+	// because its snapshots share nothing to tell by.
+	//
+	// Of both methods: ranges are ordered, not empty, apart from each other,
+	// and within the snapshot's size. An error ends them, and what follows
+	// the last range is then unknown. The caller keeps the snapshots from
+	// being deleted until the end.
+	Changed(ctx context.Context, base, target string, from int64) iter.Seq2[Range, error]
 
 	// Close stops background work and gives the pool up. What is attached
 	// stays attached.
@@ -208,6 +224,11 @@ type Snapshot struct {
 type SnapshotSpec struct {
 	RequestName string
 	Volume      string // name in the same pool
+}
+
+// Range is a run of a volume's or snapshot's bytes.
+type Range struct {
+	Offset, Length int64 // bytes
 }
 
 // Device is a block device that a volume is attached to.

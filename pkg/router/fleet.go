@@ -115,6 +115,7 @@ type fleet struct {
 type member struct {
 	Node
 	csi.ControllerClient
+	csi.SnapshotMetadataClient
 }
 
 // absent is in the place of a connection to a node whose driver does not run.
@@ -144,7 +145,7 @@ func (f *fleet) list(ctx context.Context) ([]member, error) {
 		if err != nil {
 			return nil, fmt.Errorf("node %s at %s: %w", n.Segment, n.Address, err)
 		}
-		members = append(members, member{n, csi.NewControllerClient(connection)})
+		members = append(members, member{n, csi.NewControllerClient(connection), csi.NewSnapshotMetadataClient(connection)})
 	}
 	return members, nil
 }

@@ -17,9 +17,11 @@ import (
 	"github.com/orlop-csi/orlop/pkg/request"
 )
 
-// Server implements csi.ControllerServer by forwarding.
+// Server implements csi.ControllerServer and csi.SnapshotMetadataServer by
+// forwarding.
 type Server struct {
 	csi.UnimplementedControllerServer
+	csi.UnimplementedSnapshotMetadataServer
 
 	fleet fleet
 	// names keeps calls that make something of the same name from overlapping:

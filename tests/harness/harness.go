@@ -39,6 +39,7 @@ const NodeID = "node-1"
 type Driver struct {
 	csi.IdentityClient
 	csi.ControllerClient
+	csi.SnapshotMetadataClient
 	csi.NodeClient
 
 	Dir    string // everything of this driver is in it
@@ -210,6 +211,7 @@ func (d *Driver) Launch(start func(*exec.Cmd) error) {
 	}
 	d.conn = conn
 	d.IdentityClient, d.ControllerClient, d.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
+	d.SnapshotMetadataClient = csi.NewSnapshotMetadataClient(conn)
 }
 
 // Serves waits until a process that was launched serves.

@@ -571,7 +571,7 @@ func TestTheCapabilitiesClaimedAreThoseThatAre(t *testing.T) {
 		}
 	}
 	slices.Sort(got)
-	want = []string{"CONTROLLER_SERVICE", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "expansion ONLINE"}
+	want = []string{"CONTROLLER_SERVICE", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "expansion ONLINE"}
 	if !slices.Equal(got, want) {
 		t.Errorf("the plugin claims %v, want %v", got, want)
 	}

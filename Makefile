@@ -53,7 +53,7 @@ test-unit: need-go ## Tests that need no privilege
 .PHONY: test-integration
 test-integration: need-root need-filesystems ## Tests on the kernel's loop devices and filesystems (root)
 	@scripts/install gcc ip
-	go test -race -tags integration -count=1 -timeout 30m ./pkg/... ./tests/integration/... ./tests/crash/...
+	go test -race -tags integration -count=1 -timeout 30m ./pkg/... ./examples/... ./tests/integration/... ./tests/crash/...
 
 .PHONY: crash
 crash: need-root need-filesystems ## Kill the driver at every point of every operation; test-integration does so at every 12th (root)
@@ -109,7 +109,7 @@ lint: need-go ## Run golangci-lint on the driver and its tests
 
 .PHONY: fmt
 fmt: need-go ## Format the Go code
-	gofmt -s -w cmd demo pkg tests tools
+	gofmt -s -w cmd demo examples pkg tests tools
 
 .PHONY: update
 update: fmt ## Regenerate what is generated: go.mod and go.sum, docs/reference.md, deploy/kubernetes/base

@@ -290,7 +290,10 @@ func Clean(t testing.TB, dir string) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
-	for range 20 { // what is mounted over, and images in pools on images
+	for try := range 200 { // what is mounted over, and images in pools on images
+		if try > 10 { // the kernel is still at it
+			time.Sleep(50 * time.Millisecond)
+		}
 		left := false
 		mounts, err := filesystem.Mounts()
 		if err != nil {

@@ -12,6 +12,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"unsafe"
 
@@ -47,17 +48,16 @@ func TestChangedBlocksAreNeverMissed(t *testing.T) {
 			id := d.Create("volume", kind.size, kind.capability).GetVolumeId()
 			use := changedUser(t, kind, d.Use("volume", id, kind.capability), r)
 
-			var kept []*csi.Snapshot
+			var kept []changedSnapshot
 			var differing, told int64
 			for round := range dataRounds(t, 15) {
 				for range r.IntN(8) { // or nothing at all
 					use()
 				}
-				target := d.Snapshot(fmt.Sprintf("s-%d", round), id)
-				image := changedImage(t, d, target)
-				changedMustHold(t, d, image, target)
+				target := changedCut(t, d, fmt.Sprintf("s-%d", round), id)
+				target.mustHold(t, d)
 				for _, base := range kept {
-					a, b := changedMustFind(t, d, base, target, changedImage(t, d, base), image, r)
+					a, b := changedMustFind(t, d, base, target, r)
 					differing, told = differing+a, told+b
 				}
 				kept = append(kept, target)
@@ -65,6 +65,7 @@ func TestChangedBlocksAreNeverMissed(t *testing.T) {
 					i := r.IntN(len(kept))
 					_, err := d.DeleteSnapshot(d.Context(), &csi.DeleteSnapshotRequest{SnapshotId: kept[i].GetSnapshotId()})
 					dataMust(t, err)
+					kept[i].unmap()
 					kept = slices.Delete(kept, i, i+1)
 				}
 				if t.Failed() {
@@ -79,17 +80,36 @@ func TestChangedBlocksAreNeverMissed(t *testing.T) {
 	}
 }
 
-// changedImage maps a snapshot's bytes.
-func changedImage(t *testing.T, d *harness.Driver, s *csi.Snapshot) []byte {
+// changedSnapshot is a snapshot and its bytes.
+type changedSnapshot struct {
+	*csi.Snapshot
+
+	image []byte
+	unmap func()
+}
+
+func changedCut(t *testing.T, d *harness.Driver, name, volumeID string) changedSnapshot {
 	t.Helper()
+	s := d.Snapshot(name, volumeID)
 	f, err := os.Open(filepath.Join(dataPool(d), "snapshots", path.Base(s.GetSnapshotId()), "data"))
 	dataMust(t, err)
 	defer f.Close()
-	data, err := unix.Mmap(int(f.Fd()), 0, int(s.GetSizeBytes()), unix.PROT_READ, unix.MAP_SHARED)
+	image, err := unix.Mmap(int(f.Fd()), 0, int(s.GetSizeBytes()), unix.PROT_READ, unix.MAP_SHARED)
 	dataMust(t, err)
-	t.Cleanup(func() { _ = unix.Munmap(data) })
-	return data
+	unmap := sync.OnceFunc(func() { _ = unix.Munmap(image) })
+	t.Cleanup(unmap)
+	return changedSnapshot{s, image, unmap}
 }
+
+// block gives a block's bytes; those behind the end are zeros.
+func (s changedSnapshot) block(i int) []byte {
+	if i*changedBlock >= len(s.image) {
+		return changedZeros[:]
+	}
+	return s.image[i*changedBlock : (i+1)*changedBlock]
+}
+
+var changedZeros [changedBlock]byte
 
 // changedBits tells for each block whether it is in a range.
 func changedBits(m harness.Metadata) []bool {
@@ -102,18 +122,17 @@ func changedBits(m harness.Metadata) []bool {
 	return bits
 }
 
-// changedMustHold fails the test if a snapshot has a byte that is not zero and
-// not in a range that is called allocated.
-func changedMustHold(t *testing.T, d *harness.Driver, image []byte, s *csi.Snapshot) {
+// mustHold fails the test if a snapshot has a byte that is not zero and not in a
+// range that is called allocated.
+func (s changedSnapshot) mustHold(t *testing.T, d *harness.Driver) {
 	t.Helper()
 	got, err := d.Allocated(&csi.GetMetadataAllocatedRequest{SnapshotId: s.GetSnapshotId()})
 	dataMust(t, err)
 	if got.Capacity != s.GetSizeBytes() {
 		t.Errorf("capacity %d of %d", got.Capacity, s.GetSizeBytes())
 	}
-	zeros := make([]byte, changedBlock)
 	for i, in := range changedBits(got) {
-		if !in && !bytes.Equal(image[i*changedBlock:(i+1)*changedBlock], zeros) {
+		if !in && !bytes.Equal(s.block(i), changedZeros[:]) {
 			t.Fatalf("%s: block %d holds data and is not called allocated", s.GetSnapshotId(), i)
 		}
 	}
@@ -121,7 +140,7 @@ func changedMustHold(t *testing.T, d *harness.Driver, image []byte, s *csi.Snaps
 
 // changedMustFind fails the test if a block differs between two snapshots and is
 // in no range, or if a stream that is taken up anywhere tells something else.
-func changedMustFind(t *testing.T, d *harness.Driver, base, target *csi.Snapshot, before, after []byte, r *rand.Rand) (differing, told int64) {
+func changedMustFind(t *testing.T, d *harness.Driver, base, target changedSnapshot, r *rand.Rand) (differing, told int64) {
 	t.Helper()
 	request := &csi.GetMetadataDeltaRequest{BaseSnapshotId: base.GetSnapshotId(), TargetSnapshotId: target.GetSnapshotId()}
 	got, err := d.Delta(request)
@@ -130,13 +149,7 @@ func changedMustFind(t *testing.T, d *harness.Driver, base, target *csi.Snapshot
 		if in {
 			told++
 		}
-		block := func(image []byte) []byte {
-			if i*changedBlock >= len(image) {
-				return make([]byte, changedBlock)
-			}
-			return image[i*changedBlock : (i+1)*changedBlock]
-		}
-		if bytes.Equal(block(before), block(after)) {
+		if bytes.Equal(base.block(i), target.block(i)) {
 			continue
 		}
 		if differing++; !in {
@@ -596,6 +609,8 @@ func TestRouterForwardsChangedBlocks(t *testing.T) {
 	_, err = f.Delta(&csi.GetMetadataDeltaRequest{BaseSnapshotId: a, TargetSnapshotId: b})
 	ctlWant(t, "a node that is down", err, codes.Unavailable, "node-2")
 	node.Start()
-	_, err = f.Delta(&csi.GetMetadataDeltaRequest{BaseSnapshotId: a, TargetSnapshotId: b})
-	dataMust(t, err)
+	dataEventually(t, func() error { // as soon as the router has reached it again
+		_, err := f.Delta(&csi.GetMetadataDeltaRequest{BaseSnapshotId: a, TargetSnapshotId: b})
+		return err
+	})
 }

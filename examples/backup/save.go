@@ -52,7 +52,7 @@ func readState(file string) (s state, err error) {
 }
 
 // write brings the state to stable storage.
-func (s state) write(file string) error {
+func (s *state) write(file string) error {
 	data, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return err
@@ -82,7 +82,7 @@ type report struct {
 	full             bool
 	capacity, copied int64 // bytes
 	ranges           int
-	asked, took      time.Duration
+	took             time.Duration
 	verified         bool
 }
 

@@ -15,7 +15,7 @@ const metadataBatch = 4096
 
 // metadataType tells that ranges have any length: they are runs of blocks that
 // were written, put together where they touch. Blocks of one fixed size would
-// take 256 messages' worth of entries to say that 1 GiB has changed.
+// need 262,144 entries to tell that 1 GiB was.
 const metadataType = csi.BlockMetadataType_VARIABLE_LENGTH
 
 // GetMetadataAllocated implements csi.SnapshotMetadataServer. The snapshot

@@ -64,10 +64,10 @@ func Changed(base, target Source, from, to int64) iter.Seq2[Range, error] {
 // equal reports whether two extents that begin at the same offset must hold the
 // same bytes, as far as both go.
 func equal(a, b Extent) bool {
-	switch {
-	case a.State == Reserved:
+	switch a.State {
+	case Reserved:
 		return b.State == Reserved
-	case a.State == Located:
+	case Located:
 		return b.State == Located && a.Physical == b.Physical
 	default:
 		return false
@@ -88,8 +88,8 @@ func newCursor(s Source) (c *cursor, stop func()) {
 	return c, stop
 }
 
-// from gives what there is from at on, up to to at most: the rest of an extent,
-// or a hole, which is like a Reserved extent.
+// from gives what begins at that offset, cut off at to: the rest of an extent, or
+// a hole, which is like a Reserved extent.
 func (c *cursor) from(at, to int64) (Extent, error) {
 	for {
 		for len(c.batch) == 0 && !c.ended {

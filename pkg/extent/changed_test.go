@@ -179,10 +179,16 @@ func TestALoopOverRangesCanEndEarly(t *testing.T) {
 	stopped := 0
 	source := func(yield func([]extent.Extent, error) bool) {
 		defer func() { stopped++ }()
-		for i := int64(0); yield([]extent.Extent{{Offset: 2 * i, Length: 1, Physical: i}}, nil); i++ {
+		for i := int64(0); ; i++ {
+			if !yield([]extent.Extent{{Offset: 2 * i, Length: 1, Physical: i}}, nil) {
+				return
+			}
 		}
 	}
-	for range extent.Changed(extent.None, source, 0, 1<<40) {
+	for _, err := range extent.Changed(extent.None, source, 0, 1<<40) {
+		if err != nil {
+			t.Error(err)
+		}
 		break
 	}
 	if stopped != 1 {

@@ -67,7 +67,7 @@ func (s *Server) GetMetadataDelta(r *csi.GetMetadataDeltaRequest, out csi.Snapsh
 // relay passes a node's stream on, message by message, so that a slow reader
 // slows the node down and not the router's memory. It ends as the node's ends;
 // one whose reader has gone ends the node's, by its context.
-func relay[Response any](ctx context.Context, m member, in interface{ Recv() (Response, error) }, out interface{ Send(Response) error }) error {
+func relay[Response any](ctx context.Context, m member, in interface{ Recv() (Response, error) }, out interface{ Send(message Response) error }) error {
 	for {
 		response, err := in.Recv()
 		if errors.Is(err, io.EOF) {

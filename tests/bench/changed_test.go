@@ -145,13 +145,13 @@ func processorTime(b *testing.B, pid int) time.Duration {
 		b.Fatal(err)
 	}
 	fields := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
-	var ticks time.Duration
+	var ticks int
 	for _, field := range fields[11:13] { // utime and stime
 		n, err := strconv.Atoi(field)
 		if err != nil {
 			b.Fatal(err)
 		}
-		ticks += time.Duration(n)
+		ticks += n
 	}
-	return ticks * time.Second / 100 // USER_HZ
+	return time.Duration(ticks) * 10 * time.Millisecond // USER_HZ is 100
 }

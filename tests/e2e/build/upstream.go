@@ -95,7 +95,7 @@ func (b *Builder) upstreamImages(ctx context.Context, u Upstream, programs, to s
 		return err
 	}
 	tagged := map[name.Reference]v1.Image{}
-	for _, image := range strings.Fields(names) {
+	for image := range strings.FieldsSeq(names) {
 		tag, err := name.NewTag(image)
 		if err != nil {
 			return fmt.Errorf("the suite's image %q: %w", image, err)

@@ -92,7 +92,7 @@ func TestLimitsHoldForThePodThatUsesTheVolume(t *testing.T) {
 	for _, kind := range []dataKind{nodeExt4, dataKinds[1], nodeBlock} {
 		t.Run(kind.name, func(t *testing.T) {
 			d := harness.Start(t, harness.FilePool("2Gi"))
-			v := limCreate(d, d, kind, "writeBandwidth", "2Mi", "readIOPS", "100")
+			v := limCreate(d, d, kind, "writeBandwidth", "512Ki", "readIOPS", "20")
 			v.stage(t)
 			pod := harness.NewPod(t, "", "")
 			sandbox := pod.Container("sandbox") // is there before the volume is
@@ -103,30 +103,30 @@ func TestLimitsHoldForThePodThatUsesTheVolume(t *testing.T) {
 
 			container := pod.Container("app") // the containers come afterwards
 			writer := pod.Load(container, file, 64<<10, true)
-			writer.Settles("writeBandwidth 2Mi, by 64 KiB", 32)
+			writer.Settles("writeBandwidth 512Ki, by 64 KiB", 8)
 			reader := pod.Load(sandbox, file, 4<<10, false)
-			reader.Settles("readIOPS 100", 100)
+			reader.Settles("readIOPS 20", 20)
 
 			dataMust(t, limModify(d, v.id, "writeBandwidth", "32Ki")) // two seconds an operation
 			if rate := writer.Rate(5 * time.Second); rate > 1 {
 				t.Errorf("writeBandwidth 32Ki: %.1f operations a second, want 0.5", rate)
 			}
-			dataMust(t, limModify(d, v.id, "writeBandwidth", "6Mi"))
-			writer.Settles("writeBandwidth 6Mi", 96)
-			dataMust(t, limModify(d, v.id, "writeBandwidth", "1Mi", "readIOPS", "200"))
+			dataMust(t, limModify(d, v.id, "writeBandwidth", "2Mi"))
+			writer.Settles("writeBandwidth 2Mi", 32)
+			dataMust(t, limModify(d, v.id, "writeBandwidth", "1Mi", "readIOPS", "40"))
 			writer.Settles("writeBandwidth 1Mi", 16)
-			reader.Settles("readIOPS 200", 200)
+			reader.Settles("readIOPS 40", 40)
 
 			d.Kill()
 			d.Start()
 			writer.Stop() // the containers of a pod may have a limit together
 			later := pod.Load(pod.Container("later"), file, 64<<10, true)
-			dataMust(t, limModify(d, v.id, "writeBandwidth", "", "writeIOPS", "50"))
-			later.Settles("writeIOPS 50, after a restart", 50)
+			dataMust(t, limModify(d, v.id, "writeBandwidth", "", "writeIOPS", "20"))
+			later.Settles("writeIOPS 20, after a restart", 20)
 
 			dataMust(t, limModify(d, v.id, "writeIOPS", "", "readIOPS", ""))
-			later.Exceeds("no limit", 60)
-			reader.Exceeds("no limit", 250)
+			later.Exceeds("no limit", 30)
+			reader.Exceeds("no limit", 60)
 			for _, cgroup := range []string{pod.Cgroup, sandbox, container} {
 				if limKernel(t, cgroup) != "" {
 					t.Errorf("%s has limits after they were lifted", cgroup)
@@ -140,7 +140,7 @@ func TestLimitsHoldForThePodThatUsesTheVolume(t *testing.T) {
 // away, and for those that begin later, without any call.
 func TestLimitsHoldAfterARestart(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("2Gi"))
-	v := limCreate(d, d, nodeExt4, "writeIOPS", "40")
+	v := limCreate(d, d, nodeExt4, "writeIOPS", "20")
 	v.stage(t)
 	pod := harness.NewPod(t, "", "")
 	target, err := v.publish(pod)
@@ -149,17 +149,18 @@ func TestLimitsHoldAfterARestart(t *testing.T) {
 	dataFill(t, file, 16*dataMiB)
 	d.Kill()
 	meanwhile := pod.Load(pod.Container("meanwhile"), file, 4<<10, true)
-	meanwhile.Exceeds("no limit for a container that nobody saw", 100)
+	meanwhile.Exceeds("no limit for a container that nobody saw", 30)
 	d.Start()
-	meanwhile.Settles("writeIOPS 40, from the start on", 40)
-	pod.Load(pod.Container("later"), file, 4<<10, true).Settles("writeIOPS 40", 40)
+	meanwhile.Settles("writeIOPS 20, from the start on", 20)
+	meanwhile.Stop()
+	pod.Load(pod.Container("later"), file, 4<<10, true).Settles("writeIOPS 20", 20)
 }
 
 // The router changes limits on the node that has the volume. Each pod that uses
 // a volume has its limits for itself.
 func TestLimitsAreChangedThroughTheRouter(t *testing.T) {
 	f := harness.StartFleet(t, harness.FilePool("2Gi"), harness.FilePool("1Gi"))
-	v := limCreate(f.Driver, f.Nodes[0], nodeExt4, "writeIOPS", "30")
+	v := limCreate(f.Driver, f.Nodes[0], nodeExt4, "writeIOPS", "15")
 	v.stage(t)
 	var loads []*harness.Load
 	for range 2 {
@@ -170,11 +171,11 @@ func TestLimitsAreChangedThroughTheRouter(t *testing.T) {
 		loads = append(loads, pod.Load(pod.Container("app"), v.kind.file(target), 4<<10, true))
 	}
 	for _, load := range loads {
-		load.Settles("writeIOPS 30", 30)
+		load.Settles("writeIOPS 15", 15)
 	}
-	dataMust(t, limModify(f.Driver, v.id, "writeIOPS", "60"))
+	dataMust(t, limModify(f.Driver, v.id, "writeIOPS", "25"))
 	for _, load := range loads {
-		load.Settles("writeIOPS 60", 60)
+		load.Settles("writeIOPS 25", 25)
 	}
 	ctlWant(t, "a bad value", limModify(f.Driver, v.id, "writeIOPS", "none"), codes.InvalidArgument, "node-1", "writeIOPS", "none")
 	ctlWant(t, "no volume", limModify(f.Driver, v.id+"x", "writeIOPS", "60"), codes.NotFound)
@@ -277,7 +278,7 @@ func TestLimitsArePartOfThePublication(t *testing.T) {
 // limits on that.
 func TestLimitsHoldForAReadOnlyPublication(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("1Gi"))
-	v := limCreate(d, d, nodeBlock, "readIOPS", "50")
+	v := limCreate(d, d, nodeBlock, "readIOPS", "15")
 	v.stage(t)
 	pod := harness.NewPod(t, "", "")
 	target := pod.Target(d, v.name, true)
@@ -286,7 +287,7 @@ func TestLimitsHoldForAReadOnlyPublication(t *testing.T) {
 	})
 	dataMust(t, err)
 	load := pod.Load(pod.Container("app"), target, 4<<10, false)
-	load.Settles("readIOPS 50", 50)
-	dataMust(t, limModify(d, v.id, "readIOPS", "80"))
-	load.Settles("readIOPS 80", 80)
+	load.Settles("readIOPS 15", 15)
+	dataMust(t, limModify(d, v.id, "readIOPS", "30"))
+	load.Settles("readIOPS 30", 30)
 }

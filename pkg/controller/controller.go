@@ -40,27 +40,32 @@ type Server struct {
 	csi.UnimplementedControllerServer
 	csi.UnimplementedSnapshotMetadataServer
 
-	pools    *pool.Set
-	enforcer Enforcer
-	segment  string // the node's topology segment
+	pools   *pool.Set
+	node    Node
+	segment string // the node's topology segment
 
 	alive context.Context //nolint:containedctx // ends with Close; the work that outlives its call has it
 	close context.CancelFunc
 	work  sync.WaitGroup
 }
 
-// Enforcer makes changed limits hold for whoever uses a volume, at once.
-type Enforcer interface {
+// Node is what the service needs of where volumes are used, which is the same
+// machine.
+type Node interface {
+	// EnforceLimits makes changed limits hold for whoever uses a volume, at
+	// once.
 	EnforceLimits(engine pool.Engine, v pool.Volume) error
+	// VolumesHealth is a [pool.VolumesHealth].
+	VolumesHealth(ctx context.Context, engine pool.Engine, names []string) (map[string][]pool.Condition, error)
 }
 
 // New makes the service. Close must be called before the pools are closed.
-func New(pools *pool.Set, enforcer Enforcer) (*Server, error) {
+func New(pools *pool.Set, node Node) (*Server, error) {
 	segment, err := pool.NodeSegment(pools.Node())
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{pools: pools, enforcer: enforcer, segment: segment}
+	s := &Server{pools: pools, node: node, segment: segment}
 	s.alive, s.close = context.WithCancel(context.Background())
 	return s, nil
 }

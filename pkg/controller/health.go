@@ -8,16 +8,21 @@ import (
 	"github.com/orlop-csi/orlop/pkg/request"
 )
 
-// ControllerGetVolumeHealth implements csi.ControllerServer.
+// ControllerGetVolumeHealth implements csi.ControllerServer. A volume can be used
+// on this node alone, so that what is wrong with it here is wrong everywhere.
 func (s *Server) ControllerGetVolumeHealth(ctx context.Context, r *csi.ControllerGetVolumeHealthRequest) (*csi.ControllerGetVolumeHealthResponse, error) {
 	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	conditions, err := s.pools.VolumeHealth(ctx, r.GetVolumeId())
+	engine, name, err := s.pools.Locate(r.GetVolumeId())
 	if err != nil {
 		return nil, err
 	}
-	return &csi.ControllerGetVolumeHealthResponse{VolumeHealth: request.Health(r.GetVolumeId(), conditions)}, nil
+	conditions, err := s.node.VolumesHealth(ctx, engine, []string{name})
+	if err != nil {
+		return nil, err
+	}
+	return &csi.ControllerGetVolumeHealthResponse{VolumeHealth: request.Health(r.GetVolumeId(), conditions[name])}, nil
 }
 
 // ControllerListVolumeHealth implements csi.ControllerServer. It lists the
@@ -27,7 +32,7 @@ func (s *Server) ControllerListVolumeHealth(ctx context.Context, r *csi.Controll
 	if err != nil {
 		return nil, err
 	}
-	page, next, err := s.pools.Unhealthy(ctx, r.GetStartingToken(), most)
+	page, next, err := s.pools.Unhealthy(ctx, s.node.VolumesHealth, r.GetStartingToken(), most)
 	if err != nil {
 		return nil, err
 	}

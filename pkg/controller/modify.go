@@ -34,7 +34,7 @@ func (s *Server) ControllerModifyVolume(ctx context.Context, r *csi.ControllerMo
 	if v, err = engine.SetLimits(ctx, v.Name, limits); err != nil {
 		return nil, err
 	}
-	if err := s.enforcer.EnforceLimits(engine, v); err != nil {
+	if err := s.node.EnforceLimits(engine, v); err != nil {
 		return nil, fmt.Errorf("the new limits of volume %s are recorded, and do not hold yet: %w", v.ID, err)
 	}
 	return &csi.ControllerModifyVolumeResponse{}, nil

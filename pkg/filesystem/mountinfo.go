@@ -100,16 +100,53 @@ func mountID(path string) (int, error) {
 // its device node in /dev. It knows nothing of other namespaces, nor of who has
 // the device open: only an exclusive open can prove a device idle.
 func UsesOf(device uint64) (filesystems, nodes []MountPoint, err error) {
-	mounts, err := Mounts()
+	t, err := ReadTable()
 	if err != nil {
 		return nil, nil, err
 	}
+	return t.UsesOf(device)
+}
+
+// Table is the mounts of this process's mount namespace at one moment, for who
+// asks for the uses of many devices.
+type Table struct {
+	mounts []MountPoint
+	nodes  []DeviceNode
+}
+
+// DeviceNode is a bind mount of a single device node, or of what is now one.
+type DeviceNode struct {
+	MountPoint
+	Number uint64 // dev_t; 0 if there is no device behind the node
+}
+
+// ReadTable reads the mounts.
+func ReadTable() (*Table, error) {
+	mounts, err := Mounts()
+	if err != nil {
+		return nil, err
+	}
+	t := &Table{mounts: mounts}
+	for _, m := range mounts {
+		if (m.Type == "devtmpfs" || m.Type == "tmpfs") && m.Root != "/" {
+			number, _ := deviceNumber(m.Path)
+			t.nodes = append(t.nodes, DeviceNode{m, number})
+		}
+	}
+	return t, nil
+}
+
+// DeviceNodes lists the bind mounts of device nodes in /dev.
+func (t *Table) DeviceNodes() []DeviceNode { return t.nodes }
+
+// UsesOf is the function of that name, of the moment of the table.
+func (t *Table) UsesOf(device uint64) (filesystems, nodes []MountPoint, err error) {
 	name := kernelName(device)
 	siblings, err := btrfsSiblings(name)
 	if err != nil {
 		return nil, nil, err
 	}
-	for _, m := range mounts {
+	for _, m := range t.mounts {
 		switch {
 		case m.Device == device:
 			filesystems = append(filesystems, m)
@@ -118,13 +155,13 @@ func UsesOf(device uint64) (filesystems, nodes []MountPoint, err error) {
 		case m.Type == string(Btrfs) && m.Device == 0 && len(siblings) > 0:
 			return nil, nil, fmt.Errorf("cannot tell whether %s is mounted at %s: its source %s is not a block device here",
 				name, m.Path, m.Source)
-		case (m.Type == "devtmpfs" || m.Type == "tmpfs") && m.Root != "/":
-			// The name is right even where another mount covers this one;
-			// the node behind it, where /dev is not the kernel's own.
-			if number, err := deviceNumber(m.Path); err == nil && number == device ||
-				m.Type == "devtmpfs" && m.Root == "/"+name {
-				nodes = append(nodes, m)
-			}
+		}
+	}
+	for _, n := range t.nodes {
+		// The name is right even where another mount covers this one; the
+		// node behind it, where /dev is not the kernel's own.
+		if n.Number == device || n.Type == "devtmpfs" && n.Root == "/"+name {
+			nodes = append(nodes, n.MountPoint)
 		}
 	}
 	return filesystems, nodes, nil

@@ -96,6 +96,50 @@ func Find(file *os.File) ([]Device, error) {
 	return found, nil
 }
 
+// Bound is a device as it was when all were asked.
+type Bound struct {
+	Device
+
+	File string // the backing file's path, as the kernel has kept it; it adds " (deleted)" to one that was removed
+}
+
+// All returns all devices that are bound to a file. One whose file cannot be
+// asked, as in [ErrUnasked], has no BackingDev and BackingInode.
+func All() ([]Bound, error) {
+	names, err := bound()
+	if err != nil {
+		return nil, err
+	}
+	all := make([]Bound, 0, len(names))
+	for _, name := range names {
+		file, err := os.ReadFile(filepath.Join("/sys/block", name, "loop/backing_file"))
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, unix.ENODEV) || errors.Is(err, unix.ENXIO) {
+			continue // detached meanwhile, as below
+		}
+		if err != nil {
+			return nil, err
+		}
+		f, d, _, err := open(name, os.O_RDONLY)
+		switch {
+		case errors.Is(err, ErrDetached):
+			continue
+		case errors.Is(err, ErrUnasked):
+			var st unix.Stat_t
+			d.Path = filepath.Join("/dev", name)
+			if err := unix.Stat(d.Path, &st); err != nil {
+				return nil, err
+			}
+			d.Number = uint64(st.Rdev)
+		case err != nil:
+			return nil, err
+		default:
+			f.Close()
+		}
+		all = append(all, Bound{d, strings.TrimSuffix(string(file), "\n")})
+	}
+	return all, nil
+}
+
 // Get returns the device with the given dev_t, as in stat.Rdev of its node or
 // stat.Dev of a file on it. It fails with ErrDetached if there is no such
 // device or it is bound to nothing.

@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/pool"
@@ -144,25 +145,98 @@ func (s *Server) NodeGetVolumeHealth(ctx context.Context, r *csi.NodeGetVolumeHe
 	if err := request.Required("volume_id", r.GetVolumeId()); err != nil {
 		return nil, err
 	}
-	conditions, err := s.pools.VolumeHealth(ctx, r.GetVolumeId())
-	if err != nil {
-		return nil, err
-	}
 	engine, name, err := s.pools.Locate(r.GetVolumeId())
 	if err != nil {
 		return nil, err
 	}
-	all, err := uses(engine, name)
+	published, err := resolve("volume_publish_path", r.GetVolumePublishPath())
+	if err != nil {
+		published = "" // it is there to look at, not to work with
+	}
+	conditions, err := health(ctx, engine, []string{name}, map[string]string{published: name})
 	if err != nil {
 		return nil, err
 	}
-	for _, u := range all {
-		if condition, wrong := inspect(ctx, u); wrong {
-			conditions = append(conditions, condition)
-			break // the other mounts are of the same filesystem
+	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: request.Health(r.GetVolumeId(), conditions[name])}, nil
+}
+
+// VolumesHealth is a [pool.VolumesHealth]: what is wrong with volumes in their
+// pool, and where they are mounted or handed out.
+func (*Server) VolumesHealth(ctx context.Context, engine pool.Engine, names []string) (map[string][]pool.Condition, error) {
+	return health(ctx, engine, names, nil)
+}
+
+// health asks the kernel once for all volumes. published tells, by target path,
+// the names of volumes that are known to be published there.
+func health(ctx context.Context, engine pool.Engine, names []string, published map[string]string) (map[string][]pool.Condition, error) {
+	all, err := engine.VolumesHealth(ctx, names)
+	if err != nil {
+		return nil, err
+	}
+	devices, err := engine.Attached()
+	if err != nil {
+		return nil, err
+	}
+	table, err := filesystem.ReadTable()
+	if err != nil {
+		return nil, err
+	}
+	lost := lostDevices(engine, devices, table, published)
+	for _, name := range names {
+		if lost[name] {
+			all[name] = append(all[name], deviceLost)
+		}
+		for _, d := range devices[name] {
+			mounts, nodes, err := table.UsesOf(d.Number)
+			if err != nil {
+				return nil, err
+			}
+			condition, wrong := inspectAny(ctx, append(mounts, nodes...), d)
+			if wrong {
+				all[name] = append(all[name], condition)
+				break // the other mounts are of the same filesystem
+			}
 		}
 	}
-	return &csi.NodeGetVolumeHealthResponse{VolumeHealth: request.Health(r.GetVolumeId(), conditions)}, nil
+	return all, nil
+}
+
+// deviceLost is that a pod has a device node that is no longer the volume's: the
+// device was detached by somebody else while nobody had it open.
+var deviceLost = pool.Condition{Severity: pool.Inaccessible, Reason: "DeviceLost", Message: "somebody has detached the loop device that its user has; stop the user and start it again"}
+
+// lostDevices finds the block volumes that are published with a device that is
+// not theirs any more. Which volume that was, its target path tells.
+func lostDevices(engine pool.Engine, devices map[string][]pool.Device, table *filesystem.Table, published map[string]string) map[string]bool {
+	lost := map[string]bool{}
+	for _, node := range table.DeviceNodes() {
+		name, known := published[node.Path]
+		if !known {
+			v, err := engine.Volume(pool.NameFor(volumeOf(node.Path)))
+			if err != nil || v.Access != pool.AccessBlock || v.RequestName != volumeOf(node.Path) {
+				continue
+			}
+			name = v.Name
+		}
+		own := slices.ContainsFunc(devices[name], func(d pool.Device) bool { return d.Number == node.Number })
+		if !own && isLoop(node.Number) {
+			lost[name] = true
+		}
+	}
+	return lost
+}
+
+// isLoop tells the number of a loop device (LOOP_MAJOR of
+// include/uapi/linux/major.h).
+func isLoop(number uint64) bool { return unix.Major(number) == 7 }
+
+func inspectAny(ctx context.Context, mounts []filesystem.MountPoint, d pool.Device) (condition pool.Condition, wrong bool) {
+	for _, m := range mounts {
+		if condition, wrong = inspect(ctx, use{m, d}); wrong {
+			return condition, true
+		}
+	}
+	return condition, false
 }
 
 // inspect finds out whether a mounted filesystem has given up: after an error
@@ -174,7 +248,7 @@ func inspect(ctx context.Context, u use) (condition pool.Condition, wrong bool) 
 		return condition, false // a device node
 	}
 	if u.SuperReadOnly && !u.ReadOnly {
-		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemReadOnly", Message: u.Path + ": the filesystem went read-only after an error; see the kernel log, stop the workload and start it again, which checks the filesystem"}, true
+		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemReadOnly", Message: "the filesystem went read-only after an error; see the kernel log, stop its user and start it again, which checks it"}, true
 	}
 	if err == nil { // an XFS that was shut down fails the first alone
 		_, err = filesystem.Stat(ctx, u.Path)
@@ -183,7 +257,7 @@ func inspect(ctx context.Context, u use) (condition pool.Condition, wrong bool) 
 		err = errors.Join(errors.New("the filesystem was shut down after an error"), err)
 	}
 	if err != nil {
-		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemFailed", Message: fmt.Sprintf("%s: %v; see the kernel log, stop the workload and start it again", u.Path, err)}, true
+		return pool.Condition{Severity: pool.Inaccessible, Reason: "FilesystemFailed", Message: fmt.Sprintf("the filesystem fails; see the kernel log, stop its user and start it again (%v)", err)}, true
 	}
 	return condition, false
 }

@@ -16,9 +16,9 @@ type Limiter interface {
 }
 
 // kubeletTarget is the paths at which the kubelet publishes volumes, with the
-// pod's UID in them: GetPath of csi_mounter.go and getPublishPath of csi_block.go
+// pod's UID and the name of the PersistentVolume in them: GetPath of csi_mounter.go and getPublishPath of csi_block.go
 // in k8s.io/kubernetes/pkg/volume/csi.
-var kubeletTarget = regexp.MustCompile(`/(?:pods/([^/]+)/volumes/kubernetes\.io~csi/[^/]+/mount|kubernetes\.io/csi/volumeDevices/publish/[^/]+/([^/]+))$`)
+var kubeletTarget = regexp.MustCompile(`/(?:pods/([^/]+)/volumes/kubernetes\.io~csi/([^/]+)/mount|kubernetes\.io/csi/volumeDevices/publish/([^/]+)/([^/]+))$`)
 
 // podOf tells the UID of the pod that a target path is for; empty if it is not a
 // path of the kubelet's. The path is as good as csi.storage.k8s.io/pod.uid of the
@@ -26,7 +26,16 @@ var kubeletTarget = regexp.MustCompile(`/(?:pods/([^/]+)/volumes/kubernetes\.io~
 // published, whatever becomes of the driver.
 func podOf(target string) string {
 	if match := kubeletTarget.FindStringSubmatch(target); match != nil {
-		return match[1] + match[2]
+		return match[1] + match[4]
+	}
+	return ""
+}
+
+// volumeOf tells the name of the PersistentVolume likewise. That of a volume
+// which Kubernetes had made is the one that CreateVolume was called with.
+func volumeOf(target string) string {
+	if match := kubeletTarget.FindStringSubmatch(target); match != nil {
+		return match[2] + match[3]
 	}
 	return ""
 }

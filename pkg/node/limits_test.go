@@ -17,6 +17,9 @@ func TestAPodIsToldByTheKubeletsPaths(t *testing.T) {
 		"/srv/mount": "",
 		"mount":      "",
 	} {
+		if got := volumeOf(target); want != "" && got != "pvc-1" && got != "v" || want == "" && got != "" {
+			t.Errorf("volumeOf(%s) = %q", target, got)
+		}
 		if got := podOf(target); got != want {
 			t.Errorf("podOf(%s) = %q, want %q", target, got, want)
 		}

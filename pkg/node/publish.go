@@ -3,10 +3,13 @@ package node
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
+	"strings"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/pool"
@@ -200,6 +203,11 @@ func (s *Server) NodeUnpublishVolume(ctx context.Context, r *csi.NodeUnpublishVo
 	if err := unmount(ctx, here, target); err != nil {
 		return nil, err
 	}
+	if len(here) == 0 {
+		if err := unmountLost(ctx, target); err != nil {
+			return nil, err
+		}
+	}
 	if err := s.lift(engine, name, here, elsewhere); err != nil {
 		return nil, err
 	}
@@ -210,6 +218,28 @@ func (s *Server) NodeUnpublishVolume(ctx context.Context, r *csi.NodeUnpublishVo
 		return &csi.NodeUnpublishVolumeResponse{}, endInline(ctx, engine, name)
 	}
 	return &csi.NodeUnpublishVolumeResponse{}, detachReadOnly(ctx, engine, name, elsewhere)
+}
+
+// unmountLost takes away what a block volume has left at a target path when
+// somebody else has detached its device: a device node that nobody can use.
+func unmountLost(ctx context.Context, target string) error {
+	table, err := filesystem.ReadTable()
+	if err != nil {
+		return err
+	}
+	for _, node := range table.DeviceNodes() {
+		if node.Path == target && isLoop(node.Number) && hollow(node.Number) {
+			return filesystem.Unmount(ctx, target)
+		}
+	}
+	return nil
+}
+
+// hollow reports whether a device has not a single byte, as a loop device that
+// is bound to nothing.
+func hollow(number uint64) bool {
+	size, err := os.ReadFile(fmt.Sprintf("/sys/dev/block/%d:%d/size", unix.Major(number), unix.Minor(number)))
+	return errors.Is(err, fs.ErrNotExist) || err == nil && strings.TrimSpace(string(size)) == "0"
 }
 
 // leave removes the target path. If something is mounted there, the answer is

@@ -56,9 +56,9 @@ type Engine interface {
 	// Volumes lists the volumes whose name is greater than after, ordered by
 	// name, at most max of them; max 0 is all. Damaged ones are not listed.
 	Volumes(after string, max int) []Volume
-	// VolumeHealth lists what is wrong with a volume; empty is healthy. It
-	// answers for damaged volumes too.
-	VolumeHealth(ctx context.Context, name string) ([]Condition, error)
+	// VolumesHealth lists what is wrong with volumes, damaged ones too, of
+	// those names. What is healthy, or not there, is not in the answer.
+	VolumesHealth(ctx context.Context, names []string) (map[string][]Condition, error)
 	// Damaged lists the names of volumes that are in the pool but cannot be
 	// used, ordered.
 	Damaged() []string
@@ -75,6 +75,9 @@ type Engine interface {
 	// tells it; the writable one first. It works for damaged volumes too, and
 	// so does Detach: their users must be able to leave.
 	Devices(name string) ([]Device, error)
+	// Attached lists the devices of all volumes that are attached, by name, as
+	// Devices does of one.
+	Attached() (map[string][]Device, error)
 	// Detach takes one device of the volume away once it is proven idle, else
 	// ErrInUse. All that was written to it is on stable storage before.
 	Detach(ctx context.Context, name string, device Device) error

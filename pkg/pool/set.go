@@ -217,15 +217,9 @@ func (s *Set) Snapshots(token string, max int, keep func(Snapshot) bool) (page [
 		func(snap Snapshot) string { return snap.Name }, keep)
 }
 
-// VolumeHealth tells what is wrong with the volume with that ID; empty is
-// healthy. It answers for damaged volumes too.
-func (s *Set) VolumeHealth(ctx context.Context, id string) ([]Condition, error) {
-	e, name, err := s.Locate(id)
-	if err != nil {
-		return nil, err
-	}
-	return e.VolumeHealth(ctx, name)
-}
+// VolumesHealth is the health of volumes of one pool, as [Engine.VolumesHealth]
+// tells it, or somebody who knows more.
+type VolumesHealth func(ctx context.Context, e Engine, names []string) (map[string][]Condition, error)
 
 // Unhealthy is a volume with something wrong.
 type Unhealthy struct {
@@ -236,11 +230,12 @@ type Unhealthy struct {
 
 // Unhealthy lists the volumes with something wrong, as Volumes lists volumes.
 // The ID of a damaged one is what it must have been, were it made on this node.
-func (s *Set) Unhealthy(ctx context.Context, token string, max int) (page []Unhealthy, next string, err error) {
+func (s *Set) Unhealthy(ctx context.Context, health VolumesHealth, token string, max int) (page []Unhealthy, next string, err error) {
 	segment, err := NodeSegment(s.node)
 	if err != nil {
 		return nil, "", err
 	}
+	var failure error
 	read := func(e Engine, after string, max int) []Unhealthy {
 		var batch []Unhealthy
 		for _, v := range e.Volumes(after, max) {
@@ -255,15 +250,21 @@ func (s *Set) Unhealthy(ctx context.Context, token string, max int) (page []Unhe
 		if max > 0 && len(batch) > max {
 			batch = batch[:max]
 		}
+		names := make([]string, len(batch))
 		for i := range batch {
-			// One that is deleted just now is not unhealthy.
-			batch[i].Conditions, _ = e.VolumeHealth(ctx, batch[i].name)
+			names[i] = batch[i].name
+		}
+		conditions, err := health(ctx, e, names)
+		failure = errors.Join(failure, err)
+		for i := range batch {
+			batch[i].Conditions = conditions[batch[i].name]
 		}
 		return batch
 	}
-	return list(s.byPoolID, token, max, read,
+	page, next, err = list(s.byPoolID, token, max, read,
 		func(u Unhealthy) string { return u.name },
 		func(u Unhealthy) bool { return len(u.Conditions) > 0 })
+	return page, next, errors.Join(failure, err)
 }
 
 // list pages through the pools one after the other. A token is the pool's ID

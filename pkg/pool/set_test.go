@@ -88,14 +88,18 @@ func page[T any](entries map[string]T, after string, max int) []T {
 	return list
 }
 
-func (m *memory) VolumeHealth(_ context.Context, name string) ([]Condition, error) {
-	switch {
-	case m.damaged[name] || m.sick[name]:
-		return []Condition{{Severity: Inaccessible, Reason: "Test"}}, nil
-	case m.volumes[name].Name == "":
-		return nil, Errorf(ErrNotFound, "%s is not there", name)
+func (m *memory) VolumesHealth(_ context.Context, names []string) (map[string][]Condition, error) {
+	all := map[string][]Condition{}
+	for _, name := range names {
+		if m.damaged[name] || m.sick[name] {
+			all[name] = []Condition{{Severity: Inaccessible, Reason: "Test"}}
+		}
 	}
-	return nil, nil
+	return all, nil
+}
+
+func fromEngine(ctx context.Context, e Engine, names []string) (map[string][]Condition, error) {
+	return e.VolumesHealth(ctx, names)
 }
 
 func newSet(t testing.TB, engines ...Engine) *Set {
@@ -274,7 +278,7 @@ func listers() []lister {
 			return names(page, func(s Snapshot) string { return s.ID }), next, err
 		}},
 		{"unhealthy volumes", func(s *Set, token string, max int) ([]string, string, error) {
-			page, next, err := s.Unhealthy(context.Background(), token, max)
+			page, next, err := s.Unhealthy(context.Background(), fromEngine, token, max)
 			return names(page, func(u Unhealthy) string { return u.ID }), next, err
 		}},
 	}
@@ -417,7 +421,7 @@ func TestTheUnhealthyAreListedWithTheDamagedAndWithoutTheHealthy(t *testing.T) {
 	for _, size := range []int{0, 1, 2, 7} {
 		var got []string
 		for token := ""; ; {
-			page, next, err := s.Unhealthy(context.Background(), token, size)
+			page, next, err := s.Unhealthy(context.Background(), fromEngine, token, size)
 			if err != nil {
 				t.Fatalf("pages of %d: %v", size, err)
 			}
@@ -437,18 +441,13 @@ func TestTheUnhealthyAreListedWithTheDamagedAndWithoutTheHealthy(t *testing.T) {
 	}
 }
 
-func TestHealthIsToldOfDamagedVolumesToo(t *testing.T) {
-	m := newMemory(poolA, "a", "well")
-	m.damaged["torn"] = true
-	s := newSet(t, m)
-	if found, err := s.VolumeHealth(context.Background(), "node-1/"+poolA+"/torn"); err != nil || len(found) != 1 {
-		t.Errorf("a damaged one: %v, %v", found, err)
+func TestAHealthThatCannotBeToldIsAnError(t *testing.T) {
+	s := newSet(t, newMemory(poolA, "a", "well"))
+	fails := func(context.Context, Engine, []string) (map[string][]Condition, error) {
+		return nil, Errorf(ErrUnavailable, "a test")
 	}
-	if found, err := s.VolumeHealth(context.Background(), "node-1/"+poolA+"/well"); err != nil || len(found) != 0 {
-		t.Errorf("a good one: %v, %v", found, err)
-	}
-	if _, err := s.VolumeHealth(context.Background(), "node-1/"+poolA+"/none"); !errors.Is(err, ErrNotFound) {
-		t.Errorf("none: %v; want ErrNotFound", err)
+	if page, _, err := s.Unhealthy(context.Background(), fails, "", 0); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("%v, %v; want ErrUnavailable", page, err)
 	}
 }
 

@@ -41,7 +41,9 @@ type memory struct {
 func (m *memory) Info() pool.Info   { return m.info }
 func (m *memory) Damaged() []string { return nil }
 
-func (m *memory) VolumeHealth(context.Context, string) ([]pool.Condition, error) { return nil, nil }
+func (m *memory) VolumesHealth(context.Context, []string) (map[string][]pool.Condition, error) {
+	return nil, nil
+}
 
 func (m *memory) Capacity(context.Context) (pool.Capacity, error) {
 	m.mu.Lock()
@@ -205,6 +207,10 @@ func startNode(t *testing.T, segment string, room int64) *testNode {
 type nobody struct{}
 
 func (nobody) EnforceLimits(pool.Engine, pool.Volume) error { return nil }
+
+func (nobody) VolumesHealth(ctx context.Context, e pool.Engine, names []string) (map[string][]pool.Condition, error) {
+	return e.VolumesHealth(ctx, names)
+}
 
 func (n *testNode) serve(t *testing.T, segment string, engines ...pool.Engine) {
 	t.Helper()

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -16,8 +17,12 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/codes"
 
+	"github.com/orlop-csi/orlop/pkg/loop"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
+
+// nodeRemedy is the words that tell what to do.
+var nodeRemedy = regexp.MustCompile(`restore|restart|start it again|mend|delete|avoids`)
 
 // nodeHealth is what every call says of one volume's health, as "status reason".
 // They must agree.
@@ -30,8 +35,9 @@ func nodeHealth(t *testing.T, d *harness.Driver, id string) string {
 		var all []string
 		for _, entry := range health.GetHealthStatuses() {
 			all = append(all, entry.GetStatus().String()+" "+entry.GetReason())
-			if entry.GetMessage() == "" {
-				t.Errorf("%s of %s has no message", entry.GetReason(), id)
+			// What is wrong and what to do about it, in what CSI has room for.
+			if m := entry.GetMessage(); !nodeRemedy.MatchString(m) || len(m) > 128 {
+				t.Errorf("the message of %s has %d bytes or no remedy: %s", entry.GetReason(), len(m), m)
 			}
 		}
 		return strings.Join(all, ", ")
@@ -165,11 +171,8 @@ func TestNodeHealthTellsOfAFilesystemThatHasGivenUp(t *testing.T) {
 			if err := os.Mkdir(filepath.Join(target, "x"), 0o700); !errors.Is(err, c.fails) {
 				t.Fatalf("the filesystem goes on: %v", err)
 			}
-			node, err := d.NodeGetVolumeHealth(d.Context(), &csi.NodeGetVolumeHealthRequest{VolumeId: id, VolumePublishPath: target})
-			dataMust(t, err)
-			entries := node.GetVolumeHealth().GetHealthStatuses()
-			if len(entries) != 1 || entries[0].GetStatus() != csi.VolumeHealthErrorType_INACCESSIBLE || entries[0].GetReason() != c.reason {
-				t.Errorf("the health is %v", entries)
+			if got := nodeHealth(t, d, id); got != "INACCESSIBLE "+c.reason {
+				t.Errorf("the health is %q", got)
 			}
 			d.Release(c.kind.name, id)
 			d.Use(c.kind.name, id, capability)
@@ -294,5 +297,116 @@ func TestNodeAFailedPoolCanBeLeftAndLeavesOthersAlone(t *testing.T) {
 	}
 	if _, err := os.Lstat(d.Target("lost")); err == nil {
 		t.Error("the target path is still there")
+	}
+}
+
+// A device that somebody else takes away from under a block volume's pod is told
+// of, by every call. The pod can leave, and has a device again when it comes
+// back.
+func TestNodeHealthTellsOfALostDevice(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("1Gi"))
+	pod := harness.PodWithoutCgroup(t)
+	for _, reused := range []bool{false, true} {
+		name := fmt.Sprintf("pvc-%v", reused)
+		v := limVolume{name: name, kind: nodeBlock, node: d}
+		v.id = d.Create(name, 64*dataMiB, v.kind.capability).GetVolumeId()
+		v.stage(t)
+		target, err := v.publish(pod)
+		dataMust(t, err)
+		sum := dataFill(t, target, dataMiB)
+		if got := nodeHealth(t, d, v.id); got != "" {
+			t.Fatalf("a sound volume has %q", got)
+		}
+		image, err := os.Open(dataImage(dataPool(d), v.id))
+		dataMust(t, err)
+		devices, err := loop.Find(image)
+		dataMust(t, err)
+		dataMust(t, image.Close())
+		dataMust(t, devices[0].Detach(d.Context()))
+		if got := nodeHealth(t, d, v.id); got != "INACCESSIBLE DeviceLost" {
+			t.Errorf("the health is %q", got)
+		}
+		if reused { // the volume by itself is well: it is its pod that has nothing
+			v.stage(t)
+			if got := nodeHealth(t, d, v.id); got != "" && got != "INACCESSIBLE DeviceLost" {
+				t.Errorf("staged again, the health is %q", got)
+			}
+		}
+		v.unpublish(t, pod)
+		if got := nodeHealth(t, d, v.id); got != "" {
+			t.Errorf("once its pod has left, the health is %q", got)
+		}
+		v.stage(t)
+		target, err = v.publish(pod)
+		dataMust(t, err)
+		dataMustHold(t, target, dataMiB, sum)
+		v.unpublish(t, pod)
+		_, err = d.NodeUnstageVolume(d.Context(), &csi.NodeUnstageVolumeRequest{VolumeId: v.id, StagingTargetPath: d.Staging(name)})
+		dataMust(t, err)
+		d.Delete(v.id)
+	}
+}
+
+// Whose image somebody has replaced while it was in use writes to a file that is
+// not there any more. It is told so, can leave, and finds the new image next.
+func TestNodeHealthTellsOfAnImageThatWasReplacedInUse(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("4Gi"))
+	for _, kind := range []dataKind{nodeExt4, nodeBlock} {
+		t.Run(kind.name, func(t *testing.T) {
+			v := nodeCreate(d.In(t), "v-"+kind.name, kind)
+			dataMust(t, v.stage())
+			dataMust(t, v.publish())
+			sum := dataFill(t, kind.file(d.Target(v.name)), dataMiB)
+			snapshot := d.In(t).Snapshot("s-"+kind.name, v.id)
+			dataFill(t, kind.file(d.Target(v.name)), dataMiB)
+			image := dataImage(dataPool(d), v.id)
+			backup := filepath.Join(dataPool(d), "snapshots", filepath.Base(snapshot.GetSnapshotId()), "data")
+			dataRun(t, "cp", "--reflink=always", backup, image+".new")
+			dataMust(t, os.Rename(image+".new", image))
+			if got := nodeHealth(t, v.Driver, v.id); got != "DATA_LOSS ImageReplaced" {
+				t.Errorf("the health is %q", got)
+			}
+			if _, err := v.DeleteVolume(v.Context(), &csi.DeleteVolumeRequest{VolumeId: v.id}); err == nil {
+				t.Error("a volume in use was deleted")
+			}
+			v.Release(v.name, v.id)
+			if got := nodeHealth(t, v.Driver, v.id); got != "" {
+				t.Errorf("once its user has left, the health is %q", got)
+			}
+			dataMust(t, v.stage())
+			dataMust(t, v.publish())
+			dataMustHold(t, kind.file(d.Target(v.name)), dataMiB, sum)
+			v.Release(v.name, v.id)
+			v.Delete(v.id)
+		})
+	}
+}
+
+// Where a pool has failed, its volumes have; those of others have not.
+func TestNodeHealthTellsOfVolumesWhosePoolHasFailed(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("1Gi")+"- name: other\n  source:\n    file: {path: \"$DIR/other.img\", size: 1Gi, sparse: true}\n")
+	lost := d.Create("lost", 64*dataMiB, nodeBlock.capability).GetVolumeId()
+	well := d.Create("well", 64*dataMiB, nodeBlock.capability, harness.Parameters("pool", "other")).GetVolumeId()
+	pool := filepath.Join(d.Dir, "state", "mounts", "default")
+	dataRun(t, "mount", "-o", "remount,ro", pool)
+	if got := nodeHealth(t, d, lost); got != "INACCESSIBLE PoolReadOnly" {
+		t.Errorf("the health is %q", got)
+	}
+	dataRun(t, "mount", "-o", "remount,rw", pool)
+	if got := nodeHealth(t, d, lost); got != "" {
+		t.Errorf("once mended, the health is %q", got)
+	}
+	dataMust(t, nodeShutDown(t, pool, ""))
+	if got := nodeHealth(t, d, lost); got != "INACCESSIBLE PoolFailed" {
+		t.Errorf("the health is %q", got)
+	}
+	if got := nodeHealth(t, d, well); got != "" {
+		t.Errorf("the health of another pool's volume is %q", got)
+	}
+	d.Restart() // which mounts the filesystem again: its disk was well
+	for _, id := range []string{lost, well} {
+		if got := nodeHealth(t, d, id); got != "" {
+			t.Errorf("after a restart, the health is %q", got)
+		}
 	}
 }

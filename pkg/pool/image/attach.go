@@ -4,12 +4,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path"
-	"path/filepath"
+	"slices"
 	"strings"
-
-	"golang.org/x/sys/unix"
+	"syscall"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/loop"
@@ -101,41 +101,115 @@ func (e *Engine) loops(name string) ([]loop.Device, error) {
 		return e.loopsByPath(image)
 	}
 	defer data.Close()
-	return loop.Find(data)
+	found, err := loop.Find(data)
+	if err != nil || len(found) > 0 {
+		return found, err
+	}
+	return e.loopsByPath(image) // somebody may have put another file in its place
 }
 
-// loopsByPath finds the loop devices of an image that cannot be opened by the
-// path that the kernel has kept of it, which it marks once the file is removed
-// (proc_pid_fd(5) has the same of open files).
+// loopsByPath finds the loop devices of an image by the path that the kernel has
+// kept of it.
 func (e *Engine) loopsByPath(image string) ([]loop.Device, error) {
-	files, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	all, err := e.bound()
 	if err != nil {
 		return nil, err
 	}
-	was := path.Join(e.resolved, image)
-	var found []loop.Device
-	for _, file := range files {
-		text, err := os.ReadFile(file)
-		if backing := strings.TrimSuffix(string(text), "\n"); err != nil || backing != was && backing != was+" (deleted)" {
-			continue // or detached just now
-		}
-		node := path.Join("/dev", strings.Split(file, "/")[3])
-		var st unix.Stat_t
-		if err := unix.Stat(node, &st); err != nil {
-			return nil, err
-		}
-		d, err := loop.Get(st.Rdev)
-		switch {
-		case errors.Is(err, loop.ErrDetached):
-			continue
-		case errors.Is(err, loop.ErrUnasked): // enough to find its mounts; Detach will refuse it
-			d = loop.Device{Path: node, Number: st.Rdev}
-		case err != nil:
-			return nil, err
-		}
-		found = append(found, d)
-	}
+	_, found := all.of(path.Join(e.resolved, image), nil)
 	return found, nil
+}
+
+// bound is all loop devices of the machine, for who asks for those of many
+// images.
+type bound struct {
+	pool   uint64 // the device of the pool's filesystem
+	byFile map[fileID][]loop.Device
+	byPath map[string][]loop.Device
+}
+
+// fileID is what makes a file the same one under any name.
+type fileID struct{ dev, inode uint64 }
+
+func (e *Engine) bound() (bound, error) {
+	all, err := loop.All()
+	if err != nil {
+		return bound{}, err
+	}
+	b := bound{e.device, map[fileID][]loop.Device{}, map[string][]loop.Device{}}
+	for _, d := range all {
+		id := fileID{d.BackingDev, d.BackingInode}
+		b.byFile[id] = append(b.byFile[id], d.Device)
+		at := strings.TrimSuffix(d.File, " (deleted)")
+		b.byPath[at] = append(b.byPath[at], d.Device)
+	}
+	return b, nil
+}
+
+func idOf(info fs.FileInfo) fileID {
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fileID{}
+	}
+	return fileID{uint64(st.Dev), st.Ino}
+}
+
+// of gives the devices of the image at a path: its own, and those of another
+// file that was there before. info tells what is there now; nil is nothing that
+// can be asked, and then a device whose file cannot be asked is one of them. The
+// same path may be that of another pool's image, in another mount namespace.
+func (b bound) of(image string, info fs.FileInfo) (own, others []loop.Device) {
+	var id fileID
+	if info != nil {
+		id = idOf(info)
+		own = b.byFile[id]
+	}
+	for _, d := range b.byPath[image] {
+		switch {
+		case d.BackingDev == 0: // it cannot be asked
+			if info == nil {
+				others = append(others, d)
+			}
+		case d.BackingDev == b.pool && (fileID{d.BackingDev, d.BackingInode}) != id:
+			others = append(others, d)
+		}
+	}
+	return own, others
+}
+
+// Attached implements [pool.Engine].
+func (e *Engine) Attached() (map[string][]pool.Device, error) {
+	all, err := e.bound()
+	if err != nil {
+		return nil, err
+	}
+	e.mu.Lock()
+	names := slices.Concat(e.volumes.names, e.damagedVolumes.names)
+	e.mu.Unlock()
+	attached := map[string][]pool.Device{}
+	for _, name := range names {
+		image := path.Join(volumesDir, name, dataFile)
+		info, err := e.root.Lstat(image)
+		if err != nil {
+			info = nil // somebody has removed it, or the pool's filesystem has failed
+		}
+		found, others := all.of(path.Join(e.resolved, image), info)
+		if len(found) == 0 {
+			found = others
+		}
+		for _, d := range found {
+			attached[name] = append(attached[name], describe(d))
+		}
+		slices.SortStableFunc(attached[name], func(a, b pool.Device) int {
+			if a.ReadOnly == b.ReadOnly {
+				return 0
+			}
+			if a.ReadOnly {
+				return 1
+			}
+			return -1
+		})
+	}
+	return attached, nil
 }
 
 // Detach implements [pool.Engine].

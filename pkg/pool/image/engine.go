@@ -101,6 +101,7 @@ type Engine struct {
 	resolved string // dir without symbolic links, as the kernel knows it
 	root     *os.Root
 	lock     *os.File // holds the flock on the pool's directory
+	device   uint64   // st_dev of the directory
 	ledger   *ledger
 	sample   sample
 	trash    trash
@@ -179,6 +180,11 @@ func (e *Engine) claim() error {
 		return fmt.Errorf("locking %s: %w", e.dir, err)
 	}
 	e.lock = lock
+	info, err := lock.Stat() // now: once the filesystem has failed, nobody can tell
+	if err != nil {
+		return err
+	}
+	e.device = idOf(info).dev
 	return nil
 }
 

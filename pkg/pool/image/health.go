@@ -16,7 +16,8 @@ import (
 // few to be left alone.
 const nearlyFull = 0.03
 
-// Health implements [pool.Engine].
+// Health implements [pool.Engine]. What is to be done comes early in a message,
+// which CSI cuts at 128 bytes.
 func (e *Engine) Health(context.Context) []pool.Condition {
 	var found []pool.Condition
 	add := func(severity pool.Severity, reason, format string, args ...any) {
@@ -25,17 +26,17 @@ func (e *Engine) Health(context.Context) []pool.Condition {
 	// A filesystem that was shut down after an error still answers from
 	// memory; to bring something to the disk is what it cannot.
 	if err := syncDir(e.root, "."); err != nil {
-		add(pool.Inaccessible, "PoolFailed", "its filesystem fails (%v); see the kernel log, mend the disk and restart the driver", err)
+		add(pool.Inaccessible, "PoolFailed", "its filesystem fails; see the kernel log, mend the disk and restart the driver (%v)", err)
 		return found
 	}
 	st, err := statfs(e.root)
 	switch {
 	case err != nil:
-		add(pool.Inaccessible, "PoolUnreachable", "%v", err)
+		add(pool.Inaccessible, "PoolUnreachable", "its filesystem cannot be reached; see the kernel log (%v)", err)
 	case st.readOnly:
 		add(pool.Inaccessible, "PoolReadOnly", "its filesystem is read-only; see the kernel log, mend it and remount it")
 	case float64(st.available) < nearlyFull*float64(st.size):
-		add(pool.Degraded, "PoolNearlyFull", "%d of %d bytes are free; delete volumes or snapshots, or make the pool larger", st.available, st.size)
+		add(pool.Degraded, "PoolNearlyFull", "delete volumes or snapshots, or make it larger: %d of %d bytes are free", st.available, st.size)
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -57,45 +58,76 @@ func (e *Engine) Damaged() []string {
 	return slices.Clone(e.damagedVolumes.names)
 }
 
-// VolumeHealth implements [pool.Engine].
-func (e *Engine) VolumeHealth(_ context.Context, name string) ([]pool.Condition, error) {
-	v, err := e.Volume(name)
-	if errors.Is(err, pool.ErrDamaged) {
-		return []pool.Condition{{Severity: pool.Inaccessible, Reason: "MetadataDamaged", Message: err.Error()}}, nil
+// VolumesHealth implements [pool.Engine]. Where the pool itself has failed, that
+// is all that can be said of a volume.
+func (e *Engine) VolumesHealth(ctx context.Context, names []string) (map[string][]pool.Condition, error) {
+	all := map[string][]pool.Condition{}
+	if len(names) == 0 {
+		return all, nil
 	}
+	var failed []pool.Condition
+	for _, c := range e.Health(ctx) {
+		if c.Severity == pool.Inaccessible {
+			failed = append(failed, c)
+		}
+	}
+	devices, err := e.bound()
 	if err != nil {
 		return nil, err
+	}
+	for _, name := range names {
+		found := failed
+		if len(failed) == 0 {
+			found = e.volumeHealth(name, devices)
+		}
+		if len(found) > 0 {
+			all[name] = found
+		}
+	}
+	return all, nil
+}
+
+func (e *Engine) volumeHealth(name string, devices bound) []pool.Condition {
+	v, err := e.Volume(name)
+	switch {
+	case errors.Is(err, pool.ErrDamaged):
+		return []pool.Condition{{Severity: pool.Inaccessible, Reason: "MetadataDamaged", Message: fmt.Sprintf("restore its %s and restart the driver; until then the volume is left alone (%v)", volumeFile, err)}}
+	case err != nil:
+		return nil // deleted just now
 	}
 	var found []pool.Condition
 	add := func(severity pool.Severity, reason, format string, args ...any) {
 		found = append(found, pool.Condition{Severity: severity, Reason: reason, Message: fmt.Sprintf(format, args...)})
 	}
 	if _, err := e.readVolume(name); err != nil {
-		add(pool.Degraded, "MetadataDamaged", "the metadata on disk was damaged while the driver ran (%v): it is good in memory until the driver restarts; grow the volume or restore the file to write it anew", err)
+		if _, err := e.Volume(name); errors.Is(err, pool.ErrNotFound) {
+			return nil
+		}
+		add(pool.Degraded, "MetadataDamaged", "before the driver restarts, restore its %s, or grow the volume, which writes it anew (%v)", volumeFile, err)
 	}
 	info, err := e.root.Lstat(path.Join(volumesDir, name, dataFile))
 	switch {
 	case errors.Is(err, fs.ErrNotExist):
 		add(pool.DataLoss, "ImageMissing", "its image is gone; restore the volume from a snapshot or a backup")
-		return found, nil
+		return found
 	case err != nil:
-		add(pool.Inaccessible, "ImageUnreachable", "its image cannot be reached: %v", err)
-		return found, nil
+		add(pool.Inaccessible, "ImageUnreachable", "its image cannot be reached; see the kernel log (%v)", err)
+		return found
 	case !info.Mode().IsRegular():
-		add(pool.DataLoss, "ImageReplaced", "its image is a %s", info.Mode().Type())
-		return found, nil
+		add(pool.DataLoss, "ImageReplaced", "its image is a %s; restore the volume from a snapshot or a backup", info.Mode().Type())
+		return found
 	case info.Size() < v.Size:
 		add(pool.DataLoss, "ImageTruncated", "its image has %d bytes of %d; restore the volume from a snapshot or a backup", info.Size(), v.Size)
 	}
-	devices, err := e.loops(name)
-	if err != nil {
-		return nil, err
+	own, strangers := devices.of(path.Join(e.resolved, volumesDir, name, dataFile), info)
+	if len(strangers) > 0 {
+		add(pool.DataLoss, "ImageReplaced", "its user has a file that is no longer its image; save what is in it, then stop the user and start it again")
 	}
-	for _, d := range devices {
+	for _, d := range own {
 		if !d.DirectIO {
-			add(pool.Degraded, "DirectIOUnavailable", "%s passes the page cache twice, because the kernel refused direct I/O on the image; a pool whose blocks are no larger than the device's avoids it", d.Path)
+			add(pool.Degraded, "DirectIOUnavailable", "the kernel refused direct I/O, so data passes the page cache twice; a pool with smaller blocks avoids it")
 			break
 		}
 	}
-	return found, nil
+	return found
 }

@@ -97,8 +97,8 @@ func TestLimitsAreSetChangedAndLiftedForAllContainers(t *testing.T) {
 	containers := []string{pod.Container("a"), pod.Container("b"), pod.Container("b/inner")}
 	must(t, l.Limit(pod.UID, other.Number, Limits{ReadIOPS: 5}))
 	for _, want := range []Limits{
-		{1, 2, 4096, 8192},
-		{1, 2, 4096, 8192},
+		{3, 2, 4096, 8192},
+		{3, 2, 4096, 8192},
 		{0, 2, 1 << 40, 0},
 		{1_000_000_000, 0, 0, 1 << 20},
 		{},
@@ -137,7 +137,7 @@ func TestContainersThatBeginLaterHaveTheLimitsToo(t *testing.T) {
 func TestContainersBeginWhileLimitsChange(t *testing.T) {
 	const rounds = 60
 	l, d, pod := limiter(t), device(t), harness.NewPod(t, "", "")
-	must(t, l.Limit(pod.UID, d.Number, Limits{ReadIOPS: 1}))
+	must(t, l.Limit(pod.UID, d.Number, Limits{ReadIOPS: 2}))
 	var containers []string
 	var work sync.WaitGroup
 	work.Go(func() {
@@ -155,9 +155,9 @@ func TestContainersBeginWhileLimitsChange(t *testing.T) {
 		}
 	})
 	for i := range int64(rounds) {
-		must(t, l.Limit(pod.UID, d.Number, Limits{ReadIOPS: 1 + i%7, WriteBandwidth: 4096 * (i % 5)}))
+		must(t, l.Limit(pod.UID, d.Number, Limits{ReadIOPS: 2 + i%7, WriteBandwidth: 4096 * (i % 5)}))
 	}
-	last := Limits{ReadIOPS: 1, WriteIOPS: 99}
+	last := Limits{ReadIOPS: 2, WriteIOPS: 99}
 	must(t, l.Limit(pod.UID, d.Number, last))
 	work.Wait()
 	holds(t, pod, d.Number, last, containers...)
@@ -169,8 +169,8 @@ func TestTheWatchesOfAPodEndWithIt(t *testing.T) {
 	t.Run("pod", func(t *testing.T) {
 		pod := harness.NewPod(t, "", "")
 		pod.Container("a")
-		must(t, l.Limit(pod.UID, d.Number, Limits{ReadIOPS: 1}))
-		holds(t, pod, d.Number, Limits{ReadIOPS: 1}, pod.Container("b"), pod.Container("b/inner"))
+		must(t, l.Limit(pod.UID, d.Number, Limits{ReadIOPS: 2}))
+		holds(t, pod, d.Number, Limits{ReadIOPS: 2}, pod.Container("b"), pod.Container("b/inner"))
 	})
 	if l.watcher == nil {
 		return // cgroup v2 needs none
@@ -191,11 +191,33 @@ func TestTheWatchesOfAPodEndWithIt(t *testing.T) {
 func TestWhatCannotBeLimitedIsToldApart(t *testing.T) {
 	l, d, pod := limiter(t), device(t), harness.NewPod(t, "", "")
 	for _, uid := range []string{"00000000-0000-4000-8000-000000000000", pod.UID[:len(pod.UID)-1], "../" + pod.UID, "*"} {
-		if err := l.Limit(uid, d.Number, Limits{ReadIOPS: 1}); !errors.Is(err, ErrNoPod) {
+		if err := l.Limit(uid, d.Number, Limits{ReadIOPS: 2}); !errors.Is(err, ErrNoPod) {
 			t.Errorf("pod %q: %v, want ErrNoPod", uid, err)
 		}
 	}
-	if err := l.Limit(pod.UID, unix.Mkdev(7, 1<<19), Limits{ReadIOPS: 1}); err == nil || errors.Is(err, ErrNoPod) || errors.Is(err, ErrUnsupported) {
+	if err := l.Limit(pod.UID, unix.Mkdev(7, 1<<19), Limits{ReadIOPS: 2}); err == nil || errors.Is(err, ErrNoPod) || errors.Is(err, ErrUnsupported) {
 		t.Errorf("a device that is not there: %v", err)
 	}
+}
+
+// The processes of a pod do what its limit says, also when it was so low that
+// one of their operations has to wait for seconds when it is raised.
+func TestTheRateFollowsTheLimit(t *testing.T) {
+	l, d, pod := limiter(t), device(t), harness.NewPod(t, "", "")
+	set := func(limits Limits) { must(t, l.Limit(pod.UID, d.Number, limits)) }
+	set(Limits{WriteBandwidth: 512 << 10})
+	load := pod.Load(pod.Container("a"), d.Path, 64<<10, true)
+	load.Settles("512 KiB", 8)
+	set(Limits{WriteBandwidth: 4 << 10}) // sixteen seconds for one of them
+	load.Rate(3 * time.Second)
+	set(Limits{WriteBandwidth: 1 << 20})
+	load.Settles("1 MiB", 16)
+	set(Limits{WriteIOPS: 2})
+	load.Rate(3 * time.Second)
+	set(Limits{WriteIOPS: 30})
+	load.Settles("30 operations", 30)
+	set(Limits{WriteIOPS: 10, WriteBandwidth: 2 << 20})
+	load.Settles("10 operations", 10)
+	set(Limits{})
+	load.Exceeds("no limit", 40)
 }

@@ -101,7 +101,7 @@ func Metrics() []Metric {
 	for _, m := range poolMetrics {
 		all = append(all, m.Metric)
 	}
-	return append(all, certificateMetric, registeredMetric, orphansMetric, buildMetric)
+	return append(all, unhealthyMetric, conditionMetric, certificateMetric, registeredMetric, orphansMetric, buildMetric)
 }
 
 // gaugeOf makes a gauge without labels that is read at each scrape.

@@ -3,6 +3,7 @@ package driver
 import (
 	"context"
 	"errors"
+	"fmt"
 	"slices"
 	"strings"
 	"testing"
@@ -93,6 +94,41 @@ orlop_pool_volumes{pool="sick"} 0
 	}
 }
 
+func TestConditionsOfVolumesAreInTheMetrics(t *testing.T) {
+	var unhealthy []pool.Unhealthy
+	var fails error
+	registry, _ := newRegistry("v1.2.3")
+	registry.MustRegister(conditionCollector(func(context.Context) ([]pool.Unhealthy, error) { return unhealthy, fails }))
+	names := []string{unhealthyMetric.Name, conditionMetric.Name}
+	check := func(rule, want string) {
+		t.Helper()
+		if err := testutil.GatherAndCompare(registry, strings.NewReader(want), names...); err != nil {
+			t.Errorf("%s: %v", rule, err)
+		}
+	}
+	head := "# HELP orlop_unhealthy_volumes " + unhealthyMetric.Help + "\n# TYPE orlop_unhealthy_volumes gauge\n"
+	check("all are well", head+"orlop_unhealthy_volumes 0\n")
+	unhealthy = []pool.Unhealthy{
+		{ID: "node-1/abc/v", Conditions: []pool.Condition{
+			{Severity: pool.DataLoss, Reason: "ImageMissing"},
+			{Severity: pool.Degraded, Reason: "MetadataDamaged", Message: "one"},
+			{Severity: pool.Degraded, Reason: "MetadataDamaged", Message: "another"},
+		}},
+	}
+	check("one is not", head+"orlop_unhealthy_volumes 1\n"+
+		"# HELP orlop_volume_condition "+conditionMetric.Help+"\n# TYPE orlop_volume_condition gauge\n"+
+		`orlop_volume_condition{reason="ImageMissing",status="data_loss",volume="node-1/abc/v"} 1`+"\n"+
+		`orlop_volume_condition{reason="MetadataDamaged",status="degraded",volume="node-1/abc/v"} 1`+"\n")
+	for i := range 1000 {
+		unhealthy = append(unhealthy, pool.Unhealthy{ID: fmt.Sprint(i), Conditions: unhealthy[0].Conditions[:1]})
+	}
+	if n, err := testutil.GatherAndCount(registry, conditionMetric.Name); err != nil || n != mostConditions+1 {
+		t.Errorf("%d conditions, %v", n, err)
+	}
+	fails = errors.New("a test")
+	check("it cannot be told", "")
+}
+
 func TestCallsAreTimedByMethodAndCode(t *testing.T) {
 	registry, calls := newRegistry("v1.2.3")
 	calls.observe("/csi.v1.Controller/CreateVolume", codes.OK, 4*time.Millisecond)
@@ -133,6 +169,9 @@ func TestEveryMetricIsDocumentedAndEveryDocumentedOneIsServed(t *testing.T) {
 	registry, calls := newRegistry("v1.2.3")
 	calls.observe("/csi.v1.Identity/Probe", codes.OK, 0)
 	registry.MustRegister(poolCollector[fixedPool]{{name: "default"}})
+	registry.MustRegister(conditionCollector(func(context.Context) ([]pool.Unhealthy, error) {
+		return []pool.Unhealthy{{ID: "v", Conditions: []pool.Condition{{Severity: pool.Degraded, Reason: "Test"}}}}, nil
+	}))
 	registry.MustRegister(certificateExpiry(peer.New(func() (peer.Keys, error) { return peer.Keys{}, nil })), registered(&kubelet.Registration{}))
 	orphans := &orphanCollector{}
 	orphans.observe(router.Report{Nodes: []string{"node-1"}, Kinds: []router.Kind{router.KindVolume}}, nil)

@@ -142,6 +142,12 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	collector := poolCollector[pool.Engine](engines)
 	s.registry.MustRegister(collector)
 	defer s.registry.Unregister(collector)
+	conditions := conditionCollector(func(ctx context.Context) ([]pool.Unhealthy, error) {
+		all, _, err := set.Unhealthy(ctx, nodeService.VolumesHealth, "", 0)
+		return all, err
+	})
+	s.registry.MustRegister(conditions)
+	defer s.registry.Unregister(conditions)
 
 	for _, err := range nodeService.EnforceAllLimits() {
 		klog.ErrorS(err, "Limits of a volume in use")

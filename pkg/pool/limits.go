@@ -9,11 +9,12 @@ type Limits struct {
 }
 
 // The bounds of limits. With less bandwidth than one block a second a volume
-// would hang rather than be slow. The largest are more than any device has, and
+// would hang rather than be slow, and cgroup v2 takes no less than two
+// operations (tg_set_limit in block/blk-throttle.c). The largest are more than any device has, and
 // well below what makes the arithmetic of Linux before 6.6 overflow (commit
 // e8368b57c006, "blk-throttle: check for overflow in calculate_bytes_allowed").
 const (
-	MinIOPS      = 1
+	MinIOPS      = 2
 	MaxIOPS      = 1_000_000_000
 	MinBandwidth = SizeUnit
 	MaxBandwidth = 1 << 40

@@ -253,6 +253,10 @@ const (
 	DataLoss                         // data is known or suspected to be gone
 )
 
+func (s Severity) String() string {
+	return [...]string{"none", "degraded", "inaccessible", "data_loss"}[s]
+}
+
 // Condition is one thing that is wrong.
 type Condition struct {
 	Severity Severity

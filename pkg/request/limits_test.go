@@ -17,7 +17,7 @@ func TestLimitsAreChangedByWhatIsGivenAndOnlyByThat(t *testing.T) {
 		{"another", map[string]string{"writeIOPS": "2k"}, pool.Limits{ReadIOPS: 100, WriteIOPS: 2000, WriteBandwidth: 1 << 20}},
 		{"the same", map[string]string{"readIOPS": "7"}, pool.Limits{ReadIOPS: 7, WriteBandwidth: 1 << 20}},
 		{"lifted", map[string]string{"writeBandwidth": ""}, pool.Limits{ReadIOPS: 100}},
-		{"all", map[string]string{"readIOPS": "1", "writeIOPS": "1G", "readBandwidth": "4Ki", "writeBandwidth": "1Ti"}, pool.Limits{ReadIOPS: 1, WriteIOPS: 1_000_000_000, ReadBandwidth: 4096, WriteBandwidth: 1 << 40}},
+		{"all", map[string]string{"readIOPS": "2", "writeIOPS": "1G", "readBandwidth": "4Ki", "writeBandwidth": "1Ti"}, pool.Limits{ReadIOPS: 2, WriteIOPS: 1_000_000_000, ReadBandwidth: 4096, WriteBandwidth: 1 << 40}},
 		{"all lifted", map[string]string{"readIOPS": "", "writeIOPS": "", "readBandwidth": "", "writeBandwidth": ""}, pool.Limits{}},
 		{"the ways to write a quantity", map[string]string{"readIOPS": "1e3", "writeIOPS": "0.5k", "readBandwidth": "1.5Mi"}, pool.Limits{ReadIOPS: 1000, WriteIOPS: 500, ReadBandwidth: 3 << 19, WriteBandwidth: 1 << 20}},
 	} {
@@ -36,6 +36,7 @@ func TestALimitThatMakesNoSenseIsRefused(t *testing.T) {
 		{"pool", "default"},
 		{"csi.storage.k8s.io/pvc/name", "claim"},
 		{"readIOPS", "0"},
+		{"readIOPS", "1"},
 		{"readIOPS", "-1"},
 		{"readIOPS", "0.5"},
 		{"readIOPS", "1500m"},
@@ -56,7 +57,7 @@ func TestALimitThatMakesNoSenseIsRefused(t *testing.T) {
 		{"writeBandwidth", "1099511627777"},
 		{"writeBandwidth", "-10Mi"},
 	} {
-		_, err := ChangeLimits(pool.Limits{}, map[string]string{"writeIOPS": "1", c.key: c.value})
+		_, err := ChangeLimits(pool.Limits{}, map[string]string{"writeIOPS": "2", c.key: c.value})
 		mustBe(t, c.key+"="+c.value, err, pool.ErrInvalid, "mutable parameter", c.key)
 	}
 }

@@ -272,19 +272,24 @@ func TestTheMetricsTellWhatTheDriverKnows(t *testing.T) {
 	ctlFill(t, f, 8*ctlMiB, ctlMiB, 1)
 	ctlMust(t, f.Close())
 	d.Snapshot("s", v)
-	d.Create("far", 16*ctlMiB, block, harness.Parameters("pool", "other"))
+	far := d.Create("far", 16*ctlMiB, block, harness.Parameters("pool", "other")).GetVolumeId()
 	_, err := d.CreateVolume(d.Context(), ctlRequest("refused", ctlRequired(100*ctlGiB)))
 	ctlWant(t, "a call that is refused", err, codes.ResourceExhausted)
+
+	image := filepath.Join(ctlFilePool(d, "other"), "volumes", "far", "data")
+	ctlMust(t, os.Rename(image, image+".gone"))
 
 	held := ctlBlocks(t, filepath.Join(ctlFilePool(d, "default"), "snapshots", "s", "data"))
 	got := ctlMetrics(t, address)
 	for name, want := range map[string]float64{
-		`orlop_pool_volumes{pool="default"}`:           2,
-		`orlop_pool_volumes{pool="other"}`:             1,
-		`orlop_pool_snapshots{pool="default"}`:         1,
-		`orlop_pool_snapshots{pool="other"}`:           0,
-		`orlop_pool_damaged_volumes{pool="default"}`:   0,
-		`orlop_pool_healthy{pool="default"}`:           1,
+		`orlop_pool_volumes{pool="default"}`:         2,
+		`orlop_pool_volumes{pool="other"}`:           1,
+		`orlop_pool_snapshots{pool="default"}`:       1,
+		`orlop_pool_snapshots{pool="other"}`:         0,
+		`orlop_pool_damaged_volumes{pool="default"}`: 0,
+		`orlop_pool_healthy{pool="default"}`:         1,
+		`orlop_unhealthy_volumes`:                    1,
+		fmt.Sprintf(`orlop_volume_condition{reason="ImageMissing",status="data_loss",volume=%q}`, far): 1,
 		`orlop_pool_healthy{pool="other"}`:             1,
 		`orlop_pool_provisioned_bytes{pool="default"}`: float64(96*ctlMiB + held),
 		`orlop_pool_provisioned_bytes{pool="other"}`:   float64(16 * ctlMiB),
@@ -325,6 +330,11 @@ func TestTheMetricsTellWhatTheDriverKnows(t *testing.T) {
 		if !strings.Contains(page, "\n"+name+" ") {
 			t.Errorf("%s is not served", name)
 		}
+	}
+	ctlMust(t, os.Rename(image+".gone", image))
+	got = ctlMetrics(t, address)
+	if got["orlop_unhealthy_volumes"] != 0 || strings.Contains(ctlGet(t, address, "/metrics", http.StatusOK), "orlop_volume_condition{") {
+		t.Error("a condition stays when it is mended")
 	}
 	d.Stop()
 	if _, err := net.DialTimeout("tcp", address, time.Second); err == nil {

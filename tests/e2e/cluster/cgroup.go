@@ -13,9 +13,6 @@ import (
 	"time"
 )
 
-// cgroupRoot has the cgroups of all nodes, in each hierarchy.
-const cgroupRoot = "orlop-e2e"
-
 // hierarchies are where cgroups are mounted: each controller on its own with
 // version 1, all together with version 2.
 func hierarchies() (directories []string, unified bool, err error) {
@@ -35,7 +32,7 @@ func hierarchies() (directories []string, unified bool, err error) {
 	return directories, false, nil
 }
 
-// makeCgroups makes the cgroup of a node, in which its kubelet makes those of the pods.
+// makeCgroups makes the cgroup of a node, below the cluster's, in which its kubelet makes those of the pods.
 func makeCgroups(node string) error {
 	directories, unified, err := hierarchies()
 	if err != nil {
@@ -43,8 +40,8 @@ func makeCgroups(node string) error {
 	}
 	for _, hierarchy := range directories {
 		parent := hierarchy
-		for _, name := range []string{cgroupRoot, node} {
-			dir := filepath.Join(parent, name)
+		for _, child := range []string{clusterName, node} {
+			dir := filepath.Join(parent, child)
 			if unified {
 				if err := delegate(parent); err != nil {
 					return err
@@ -93,7 +90,7 @@ func removeCgroups(ctx context.Context) error {
 		return err
 	}
 	for _, hierarchy := range directories {
-		root := filepath.Join(hierarchy, cgroupRoot)
+		root := filepath.Join(hierarchy, clusterName)
 		// A process that has ended leaves its cgroup a moment later.
 		if err := poll(ctx, time.Minute, root+" to be removed", func(context.Context) error {
 			return removeTree(root)

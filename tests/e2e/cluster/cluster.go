@@ -3,7 +3,7 @@
 // containerd, kubelet and kube-proxy in namespaces of its own. Tests use it through
 // [Open]; the command in cmd/cluster starts and stops it.
 //
-// All that it makes is in [Dir], in the namespaces, in cgroups called orlop-e2e and
+// All that it makes is in [Dir], in the namespaces, in cgroups called like that and
 // behind one network link of that name; [Down] removes all of it, also after a crash
 // at any moment. It must run as root.
 package cluster
@@ -29,7 +29,7 @@ import (
 )
 
 // Kubeconfig is the file that makes a client the cluster's administrator.
-const Kubeconfig = Dir + "/kubeconfig"
+var Kubeconfig = Dir + "/kubeconfig"
 
 // Cluster is the cluster of this machine.
 type Cluster struct {
@@ -58,11 +58,11 @@ func Open(directory string) (*Cluster, error) {
 	if err := json.Unmarshal(data, &c.network); err != nil {
 		return nil, fmt.Errorf("read network.json: %w", err)
 	}
-	pid, err := control.pid()
-	if err == nil && pid == 0 {
-		err = errors.New("no cluster is running, but there is what is left of one: start it with make cluster-up")
+	_, incomplete := os.Stat(completeFile)
+	if pid, err := control.pid(); err != nil || pid == 0 || incomplete != nil {
+		return nil, errors.Join(err, errors.New("no cluster is running, but there is what is left of one: start it with make cluster-up"))
 	}
-	return c, err
+	return c, nil
 }
 
 // RESTConfig is the administrator's, without a limit on requests.
@@ -129,8 +129,9 @@ func Up(ctx context.Context, directory string, bare bool, log io.Writer) (err er
 	if os.Geteuid() != 0 {
 		return errors.New("it takes root to make namespaces")
 	}
-	if pid, err := control.pid(); err != nil || pid != 0 {
-		return errors.Join(err, errors.New("a cluster is running already: stop it with make cluster-down"))
+	// One whose start was cut off is what an earlier one left.
+	if _, err := Open(directory); err == nil {
+		return errors.New("a cluster is running already: stop it with make cluster-down")
 	}
 	c := &Cluster{bare: bare, log: log}
 	if c.builder, err = build.New(directory, log); err != nil {
@@ -174,11 +175,16 @@ func Up(ctx context.Context, directory string, bare bool, log io.Writer) (err er
 	if err := c.builder.Step("starting the snapshot controller", func() error { return c.startSnapshotController(ctx) }); err != nil {
 		return err
 	}
-	if bare {
-		return nil
+	if !bare {
+		if err := c.install(ctx, images); err != nil {
+			return err
+		}
 	}
-	return c.install(ctx, images)
+	return os.WriteFile(completeFile, nil, 0o644)
 }
+
+// A file tells that the cluster's start was completed.
+var completeFile = filepath.Join(Dir, "complete")
 
 // prepare writes what all of the cluster use.
 func (c *Cluster) prepare(binaries map[string]string, images []build.Image) error {
@@ -255,7 +261,7 @@ func down(ctx context.Context, log io.Writer) error {
 	if err := removeCgroups(ctx); err != nil {
 		return err
 	}
-	if err := os.RemoveAll(Dir); err != nil {
+	if err := removeAll(Dir); err != nil {
 		return err
 	}
 	return leftovers()
@@ -278,9 +284,9 @@ func leftovers() error {
 		return err
 	}
 	for _, dir := range directories {
-		directories[slices.Index(directories, dir)] = filepath.Join(dir, cgroupRoot)
+		directories[slices.Index(directories, dir)] = filepath.Join(dir, clusterName)
 	}
-	for _, path := range append(directories, Dir, "/sys/class/net/"+link) {
+	for _, path := range append(directories, Dir, "/sys/class/net/"+clusterName) {
 		if _, err := os.Lstat(path); err == nil {
 			found = append(found, path)
 		}
@@ -290,7 +296,7 @@ func leftovers() error {
 		return err
 	}
 	for line := range strings.Lines(string(mounts)) {
-		if strings.Contains(line, Dir) {
+		if strings.Contains(line, Dir+"/") {
 			found = append(found, "mount "+strings.Fields(line)[4])
 		}
 	}
@@ -309,9 +315,31 @@ func leftovers() error {
 	return nil
 }
 
+// removeAll removes a directory of the cluster, unless something is mounted in it.
+func removeAll(dir string) error {
+	mounts, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for line := range strings.Lines(string(mounts)) {
+		if point := strings.Fields(line)[4]; point == dir || strings.HasPrefix(point, dir+"/") {
+			return fmt.Errorf("%s is mounted, which no cluster does: unmount it, then try again", point)
+		}
+	}
+	return os.RemoveAll(dir)
+}
+
 // exclusive makes sure that only one process starts or stops a cluster.
 func exclusive() (func(), error) {
-	file, err := os.OpenFile(Dir+".lock", os.O_CREATE|os.O_RDWR, 0o644)
+	cache, err := os.UserCacheDir() // where a file may stay
+	if err != nil {
+		return nil, err
+	}
+	dir := filepath.Join(cache, "orlop-e2e")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return nil, err
+	}
+	file, err := os.OpenFile(filepath.Join(dir, clusterName+".up-down.lock"), os.O_CREATE|os.O_RDWR, 0o644)
 	if err != nil {
 		return nil, err
 	}

@@ -16,7 +16,7 @@ import (
 
 // A file has the images that each node is to have: the tools, and those that
 // the manifests name.
-const imagesFile = Dir + "/images.json"
+var imagesFile = Dir + "/images.json"
 
 func (c *Cluster) images() ([]build.Image, error) {
 	data, err := os.ReadFile(imagesFile)

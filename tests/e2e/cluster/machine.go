@@ -3,20 +3,34 @@ package cluster
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strconv"
 	"strings"
 	"syscall"
 	"time"
 )
 
-// Dir is where a cluster keeps everything: there is one on a machine.
-const Dir = "/var/tmp/orlop-e2e"
+// clusterName is the cluster's: of its directory, its cgroups, and its link on this machine.
+// A second cluster at the same time needs another, ORLOP_E2E_NAME.
+var clusterName = chosenName()
+
+func chosenName() string {
+	name := cmp.Or(os.Getenv("ORLOP_E2E_NAME"), "orlop-e2e")
+	if !regexp.MustCompile(`^[a-z][-a-z0-9]{0,14}$`).MatchString(name) { // as long as the name of a link may be
+		panic(fmt.Sprintf("ORLOP_E2E_NAME=%q: up to 15 of a-z, 0-9 and - are needed", name))
+	}
+	return name
+}
+
+// Dir is where the cluster keeps everything.
+var Dir = filepath.Join("/var/tmp", clusterName)
 
 // A machine is a set of namespaces (mount, PID, network, UTS, IPC) that look like
 // a machine of their own: the control plane, or a node. It lives as long as its

@@ -26,8 +26,6 @@ type network struct {
 	Prefix string `json:"prefix"` // "10.213"
 }
 
-const link = "orlop-e2e" // on this machine
-
 func (n network) whole() string        { return n.Prefix + ".0.0/16" }
 func (n network) api() string          { return n.Prefix + ".0.1" }
 func (n network) host() string         { return n.Prefix + ".0.254" }
@@ -100,15 +98,15 @@ func (n network) attachControlPlane(ctx context.Context, m machine) error {
 	); err != nil {
 		return err
 	}
-	if err := ip(ctx, fmt.Sprintf("link add %s type veth peer name machine netns %d", link, pid)); err != nil {
+	if err := ip(ctx, fmt.Sprintf("link add %s type veth peer name machine netns %d", clusterName, pid)); err != nil {
 		return err
 	}
 	if err := m.ip(ctx, "link set machine master bridge up"); err != nil {
 		return err
 	}
 	return ip(ctx,
-		fmt.Sprintf("addr add %s/24 dev %s", n.host(), link),
-		fmt.Sprintf("link set %s up", link),
+		fmt.Sprintf("addr add %s/24 dev %s", n.host(), clusterName),
+		fmt.Sprintf("link set %s up", clusterName),
 		fmt.Sprintf("route add %s via %s", n.whole(), n.api()),
 	)
 }
@@ -120,11 +118,7 @@ func (n network) attachNode(ctx context.Context, control, node machine, index in
 	if err != nil {
 		return err
 	}
-	if _, err := control.output(ctx, "ip", "link", "show", node.name); err == nil { // of its last life, see detach
-		if err := control.ip(ctx, "link del "+node.name); err != nil {
-			return err
-		}
-	}
+	_ = control.ip(ctx, "link del "+node.name) // of its last life, if it is still there: see detach
 	if err := control.ip(ctx,
 		fmt.Sprintf("link add %s type veth peer name eth0 netns %d", node.name, pid),
 		fmt.Sprintf("link set %s master bridge up", node.name),
@@ -149,10 +143,11 @@ func (n network) attachNode(ctx context.Context, control, node machine, index in
 // a namespace outlives its processes by as long as TCP still tries to tell others,
 // who may be dead as well, that connections have ended.
 func detach(ctx context.Context) error {
-	if _, err := os.Stat("/sys/class/net/" + link); errors.Is(err, fs.ErrNotExist) {
+	err := ip(ctx, "link del "+clusterName)
+	if _, gone := os.Stat("/sys/class/net/" + clusterName); errors.Is(gone, fs.ErrNotExist) {
 		return nil
 	}
-	return ip(ctx, "link del "+link)
+	return err
 }
 
 // ip runs commands of ip(8) on this machine.

@@ -71,7 +71,7 @@ func (n *Node) Remove(ctx context.Context) error {
 	if err := client.CoreV1().Nodes().Delete(ctx, n.Name, metav1.DeleteOptions{}); err != nil {
 		return fmt.Errorf("delete node %s: %w", n.Name, err)
 	}
-	return os.RemoveAll(n.machine.dir())
+	return removeAll(n.machine.dir())
 }
 
 // Start starts a node that does not run, and waits until it is ready. What it had
@@ -192,7 +192,7 @@ func (n *Node) configure() error {
 		"$CNI", cniPlugins,
 		"$CA", filepath.Join(control.dir(), "pki/ca.crt"),
 		"$NODE", n.Name,
-		"$CGROUP", filepath.Join("/", cgroupRoot, n.Name),
+		"$CGROUP", filepath.Join("/", clusterName, n.Name),
 		"$PAUSE", build.PauseImage,
 		"$PODS", n.cluster.network.podsOf(n.index),
 		"$CLUSTERPODS", n.cluster.network.pods(),

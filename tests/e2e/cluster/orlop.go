@@ -78,7 +78,7 @@ func (c *Cluster) rollout(ctx context.Context) error {
 }
 
 // A file has the key of the driver's image that the pods run.
-const installedFile = Dir + "/installed"
+var installedFile = Dir + "/installed"
 
 func (c *Cluster) installed(images []build.Image) error {
 	return os.WriteFile(installedFile, []byte(driverKey(images)), 0o644)

@@ -29,7 +29,7 @@ func TestEveryValueMakesObjectsOfTheAPI(t *testing.T) {
 	all := chartObjects(t, valuesFrom(t, "testdata/everything.yaml"))
 	for _, name := range []string{
 		"DaemonSet/orlop-node", "DaemonSet/orlop-node-nvme", "StorageClass/everything", "StorageClass/least",
-		"VolumeSnapshotClass/keep", "PodMonitor/orlop-node", "PodMonitor/orlop-controller",
+		"VolumeAttributesClass/silver", "VolumeSnapshotClass/keep", "PodMonitor/orlop-node", "PodMonitor/orlop-controller",
 	} {
 		if all[name] == nil {
 			t.Errorf("there is no %s", name)
@@ -87,6 +87,8 @@ func TestTheSchemaRefuses(t *testing.T) {
 		"storageClasses: [{name: fast, parameters: {csi.storage.k8s.io/fstype: zfs}}]",
 		"storageClasses: [{name: fast, reclaimPolicy: Recycle}]",
 		"storageClasses: [{volumeBindingMode: Immediate}]",
+		"volumeAttributesClasses: [{name: silver, parameters: {iops: '5'}}]",
+		"volumeAttributesClasses: [{name: silver, parameters: {readIOPS: 5}}]",
 		"sidecars: {provisioner: {image: csi-provisioner}}",
 		"sidecars: {provisioner: {tag: ''}}",
 	} {

@@ -25,7 +25,7 @@ import (
 	"github.com/orlop-csi/orlop/tests/e2e/build"
 )
 
-//go:embed ext4.yaml xfs.yaml
+//go:embed ext4.yaml xfs.yaml limits.yaml
 var definitions embed.FS
 
 // pass is one run of the suite.
@@ -122,6 +122,13 @@ func (r runner) prepare(ctx context.Context) ([]string, error) {
 	if err := os.WriteFile(r.file("driver.yaml"), definition, 0o644); err != nil {
 		return nil, err
 	}
+	limits, err := definitions.ReadFile("limits.yaml") // which the definition names
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(r.file("limits.yaml"), limits, 0o644); err != nil {
+		return nil, err
+	}
 	if err := os.WriteFile(r.file("registries.yaml"), []byte("promoterE2eRegistry: "+build.UpstreamRegistry+"\n"), 0o644); err != nil {
 		return nil, err
 	}
@@ -214,7 +221,7 @@ func (r runner) file(name string) string { return filepath.Join(r.dir, name) }
 // flags are those of the suite itself.
 func (r runner) flags() []string {
 	return []string{
-		"-kubeconfig=" + r.options.Kubeconfig, "-provider=skeleton", "-storage.testdriver=" + r.file("driver.yaml"),
+		"-kubeconfig=" + r.options.Kubeconfig, "-provider=skeleton", "-storage.testdriver=" + r.file("driver.yaml"), "-repo-root=" + r.dir,
 		"-dump-logs-on-failure=true", "-delete-namespace-on-failure=true",
 	}
 }

@@ -33,6 +33,7 @@ func TestMain(m *testing.M) {
 	logs.InitLogs()
 	testfiles.AddFileSource(manifests.GetE2ETestingManifestsFS())
 	flag.Parse()
+	testfiles.AddFileSource(testfiles.RootFileSource{Root: framework.TestContext.RepoRoot})
 	if *list {
 		for _, id := range images {
 			fmt.Println(image.GetE2EImage(id))

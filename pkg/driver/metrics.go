@@ -12,6 +12,7 @@ import (
 	"github.com/orlop-csi/orlop/pkg/kubelet"
 	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/router"
 )
 
 // Metric describes one metric of the driver, for its documentation.
@@ -43,6 +44,12 @@ var (
 		Name: "orlop_peer_certificate_expiration_timestamp_seconds",
 		Type: "gauge",
 		Help: "When the certificate between router and nodes that this process shows ends, in seconds since 1970; 0 if it has none.",
+	}
+	nodesMetric = Metric{
+		Name:   "orlop_nodes",
+		Type:   "gauge",
+		Help:   "Nodes that have the driver, by whether a pod of it is ready there: serving, or away; only with --kubernetes. Not there while that is not known.",
+		Labels: []string{"state"},
 	}
 	registeredMetric = Metric{
 		Name: "orlop_kubelet_registered",
@@ -101,7 +108,7 @@ func Metrics() []Metric {
 	for _, m := range poolMetrics {
 		all = append(all, m.Metric)
 	}
-	return append(all, unhealthyMetric, conditionMetric, certificateMetric, registeredMetric, orphansMetric, buildMetric)
+	return append(all, unhealthyMetric, conditionMetric, certificateMetric, registeredMetric, nodesMetric, orphansMetric, buildMetric)
 }
 
 // gaugeOf makes a gauge without labels that is read at each scrape.
@@ -116,6 +123,31 @@ func certificateExpiry(c *peer.Credentials) prometheus.Collector {
 		}
 		return 0
 	})
+}
+
+// nodesCollector counts the nodes of a router at each scrape.
+type nodesCollector struct{ router.Discovery }
+
+func (c nodesCollector) Describe(out chan<- *prometheus.Desc) { out <- nodesMetric.desc() }
+
+func (c nodesCollector) Collect(out chan<- prometheus.Metric) {
+	ctx, cancel := context.WithTimeout(context.Background(), scrapeTimeout)
+	defer cancel()
+	nodes, err := c.Nodes(ctx)
+	if err != nil {
+		return
+	}
+	states := map[string]int{"serving": 0, "away": 0}
+	for _, n := range nodes {
+		if n.Address == "" {
+			states["away"]++
+		} else {
+			states["serving"]++
+		}
+	}
+	for state, count := range states {
+		out <- prometheus.MustNewConstMetric(nodesMetric.desc(), prometheus.GaugeValue, float64(count), state)
+	}
 }
 
 func registered(r *kubelet.Registration) prometheus.Collector {

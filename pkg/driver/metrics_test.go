@@ -4,11 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/testutil"
 	"google.golang.org/grpc/codes"
 
@@ -173,6 +175,7 @@ func TestEveryMetricIsDocumentedAndEveryDocumentedOneIsServed(t *testing.T) {
 		return []pool.Unhealthy{{ID: "v", Conditions: []pool.Condition{{Severity: pool.Degraded, Reason: "Test"}}}}, nil
 	}))
 	registry.MustRegister(certificateExpiry(peer.New(func() (peer.Keys, error) { return peer.Keys{}, nil })), registered(&kubelet.Registration{}))
+	registry.MustRegister(nodesCollector{router.Static{}})
 	orphans := &orphanCollector{}
 	orphans.observe(router.Report{Nodes: []string{"node-1"}, Kinds: []router.Kind{router.KindVolume}}, nil)
 	registry.MustRegister(orphans)
@@ -192,5 +195,37 @@ func TestEveryMetricIsDocumentedAndEveryDocumentedOneIsServed(t *testing.T) {
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
 		t.Errorf("served\n%s\ndocumented\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
+// coming is a fleet of which nothing is known yet.
+type coming struct{ router.Static }
+
+func (coming) Nodes(context.Context) ([]router.Node, error) { return nil, errors.New("not yet") }
+
+func TestNodesAreCountedByWhetherTheirDriverServes(t *testing.T) {
+	for name, test := range map[string]struct {
+		nodes router.Discovery
+		want  map[string]float64
+	}{
+		"some":    {router.Static{{Segment: "a", Address: "192.0.2.1:9810"}, {Segment: "b"}, {Segment: "c"}}, map[string]float64{"serving": 1, "away": 2}},
+		"none":    {router.Static{}, map[string]float64{"serving": 0, "away": 0}},
+		"unknown": {coming{}, map[string]float64{}},
+	} {
+		registry := prometheus.NewRegistry()
+		registry.MustRegister(nodesCollector{test.nodes})
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		got := map[string]float64{}
+		for _, f := range families {
+			for _, m := range f.GetMetric() {
+				got[m.GetLabel()[0].GetValue()] = m.GetGauge().GetValue()
+			}
+		}
+		if !maps.Equal(got, test.want) {
+			t.Errorf("%s: %v; want %v", name, got, test.want)
+		}
 	}
 }

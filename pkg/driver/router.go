@@ -51,6 +51,9 @@ func Router(ctx context.Context, o RouterOptions) error {
 	f.health.ready = &ready
 	registry, metrics := newRegistry(o.Version)
 	registry.MustRegister(certificateExpiry(f.own))
+	if o.Kubernetes {
+		registry.MustRegister(nodesCollector{f.nodes})
+	}
 	calls := newCalls(socket, metrics, &ready, o.ShutdownTimeout)
 	csi.RegisterIdentityServer(calls.server, &identity{version: o.Version, ready: &ready})
 	csi.RegisterControllerServer(calls.server, service)

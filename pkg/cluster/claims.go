@@ -24,20 +24,8 @@ type Claims struct {
 // snapshots at all: then nothing can be said of any.
 func (c Claims) Claimed(ctx context.Context) (volumes, snapshots map[string]struct{}, err error) {
 	volumes = map[string]struct{}{}
-	options := meta.ListOptions{Limit: pageSize}
-	for {
-		page := &core.PersistentVolumeList{}
-		if err := c.Client.core.Get().Resource("persistentvolumes").VersionedParams(&options, meta.ParameterCodec).Do(ctx).Into(page); err != nil {
-			return nil, nil, wrap("persistent volumes", err)
-		}
-		for _, v := range page.Items {
-			if s := v.Spec.CSI; s != nil && s.Driver == c.Driver {
-				volumes[s.VolumeHandle] = struct{}{}
-			}
-		}
-		if options.Continue = page.Continue; options.Continue == "" {
-			break
-		}
+	if err := c.volumes(ctx, func(v *core.PersistentVolume) { volumes[v.Spec.CSI.VolumeHandle] = struct{}{} }); err != nil {
+		return nil, nil, err
 	}
 	snapshots = map[string]struct{}{}
 	found, err := c.contents(ctx, "/apis/snapshot.storage.k8s.io/v1/volumesnapshotcontents", snapshots)
@@ -57,6 +45,25 @@ func (c Claims) Claimed(ctx context.Context) (volumes, snapshots map[string]stru
 		}
 	}
 	return volumes, snapshots, nil
+}
+
+// volumes reads all PersistentVolumes of the driver.
+func (c Claims) volumes(ctx context.Context, each func(*core.PersistentVolume)) error {
+	options := meta.ListOptions{Limit: pageSize}
+	for {
+		page := &core.PersistentVolumeList{}
+		if err := c.Client.core.Get().Resource("persistentvolumes").VersionedParams(&options, meta.ParameterCodec).Do(ctx).Into(page); err != nil {
+			return wrap("persistent volumes", err)
+		}
+		for i := range page.Items {
+			if s := page.Items[i].Spec.CSI; s != nil && s.Driver == c.Driver {
+				each(&page.Items[i])
+			}
+		}
+		if options.Continue = page.Continue; options.Continue == "" {
+			return nil
+		}
+	}
 }
 
 // content is what is needed of a VolumeSnapshotContent or a

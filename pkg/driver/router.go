@@ -123,7 +123,8 @@ func clusterFleet(o RouterOptions) (*fleet, error) {
 		return nil, err
 	}
 	keeper := client.Keeper(o.Namespace, o.CASecret, report)
-	f := &fleet{nodes: nodes, own: peer.New(keeper.Keys), claims: clusterClaims{cluster.Claims{Client: client, Driver: Name}}}
+	claims := cluster.Claims{Client: client, Driver: Name}
+	f := &fleet{nodes: nodes, own: peer.New(keeper.Keys), claims: clusterClaims{claims}}
 	f.health.awaited = []func() error{nodes.Problem, keeper.Problem}
 	f.parts = func(s *router.Server) []part {
 		return []part{
@@ -133,6 +134,7 @@ func clusterFleet(o RouterOptions) (*fleet, error) {
 				return client.Sign(ctx, keeper, o.Namespace, o.NodeAccount, report)
 			},
 			func(ctx context.Context) error { return client.Untaint(ctx, nodes, s.Answers, report) },
+			func(ctx context.Context) error { return claims.TellHealth(ctx, nodes, s.Health, report) },
 		}
 	}
 	return f, nil

@@ -36,13 +36,16 @@ type memory struct {
 	room      int64
 	volumes   map[string]pool.Volume
 	snapshots map[string]pool.Snapshot
+	sick      map[string][]pool.Condition
 }
 
 func (m *memory) Info() pool.Info   { return m.info }
 func (m *memory) Damaged() []string { return nil }
 
 func (m *memory) VolumesHealth(context.Context, []string) (map[string][]pool.Condition, error) {
-	return nil, nil
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return maps.Clone(m.sick), nil
 }
 
 func (m *memory) Capacity(context.Context) (pool.Capacity, error) {

@@ -76,15 +76,15 @@ e2e: need-cluster ## Tests on a Kubernetes of three nodes; FOCUS=TestX selects, 
 e2e-smoke: need-cluster ## The short ones of e2e (root)
 	@scripts/e2e '^TestSmoke'
 
+.PHONY: e2e-upstream
+e2e-upstream: need-cluster ## Kubernetes' own storage suite there; FOCUS=snapshot selects by name, KEEP=1 as above (root)
+	@scripts/e2e --upstream '$(FOCUS)'
+
 .PHONY: fuzz
 fuzz: need-go ## Run every fuzz target for FUZZTIME (20s) each
 	@scripts/fuzz $(FUZZTIME)
 
 ##@ Kubernetes on this machine
-
-.PHONY: e2e-upstream
-e2e-upstream: need-cluster ## Kubernetes' own storage suite on it; FOCUS=snapshot selects by name (root, long)
-	@cd tests/e2e && go run ./cmd/upstream -focus '$(FOCUS)'
 
 .PHONY: cluster-up
 cluster-up: need-cluster ## Start a Kubernetes of three nodes with Orlop on it, and tell how to use it (root)

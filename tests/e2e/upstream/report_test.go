@@ -21,7 +21,10 @@ func suite(outcomes map[string]string) []spec {
 }
 
 // excluded has a spec for each exclusion.
-var excluded = map[string]string{"kubelet [Disruptive]": skipped, "mounts [Feature:SELinux]": skipped}
+var excluded = map[string]string{
+	"kubelet [Disruptive]": skipped, "mounts [Feature:SELinux]": skipped,
+	"volume-modify-stress changes with a different volumeAttributesClass": skipped,
+}
 
 func TestWhatIsLeftOutIsNotChosen(t *testing.T) {
 	specs := suite(excluded)

@@ -1,5 +1,5 @@
 // Command upstream runs Kubernetes' test suite for external storage drivers
-// against Orlop, on the cluster of this machine. It starts one if none runs.
+// against Orlop, on the cluster of this machine. See scripts/e2e.
 package main
 
 import (
@@ -40,12 +40,7 @@ func run(ctx context.Context, focus string, procs int, artifacts string) error {
 	}
 	c, err := cluster.Open(".")
 	if err != nil {
-		if err := cluster.Up(ctx, ".", false, os.Stderr); err != nil {
-			return err
-		}
-		if c, err = cluster.Open("."); err != nil {
-			return err
-		}
+		return err
 	}
 	b, err := build.New(".", os.Stderr)
 	if err != nil {

@@ -58,8 +58,8 @@ func TestNetworkClashesWithNothing(t *testing.T) {
 	}
 }
 
-// Loop devices of a directory are found by the files in it, also those in a
-// filesystem on another of them, and no others are.
+// Loop devices of a directory are found by the files in it, also those that are on
+// another of them or in its filesystem, and no others are.
 func TestLoopDevicesOfADirectoryAreDetached(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
@@ -86,9 +86,11 @@ func TestLoopDevicesOfADirectoryAreDetached(t *testing.T) {
 	run("mount", outer, mounted)
 	t.Cleanup(func() { _ = exec.Command("umount", mounted).Run() })
 	inner := attach(filepath.Join(mounted, "disk"), "1M")
+	holder := run("losetup", "--find", "--show", inner)
+	t.Cleanup(func() { _ = exec.Command("losetup", "--detach", holder).Run() })
 
 	found, err := loops(dir)
-	if want := []string{inner, outer}; err != nil || !slices.Equal(found, want) {
+	if want := []string{holder, inner, outer}; err != nil || !slices.Equal(found, want) {
 		t.Errorf("loops found %q (%v), want %q", found, err, want)
 	}
 	run("umount", "--lazy", mounted) // as when a mount namespace ends: the device below is busy until then
@@ -99,7 +101,7 @@ func TestLoopDevicesOfADirectoryAreDetached(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, device := range []string{inner, outer} {
+	for _, device := range []string{holder, inner, outer} {
 		if _, there := left[device]; there {
 			t.Errorf("%s is still attached", device)
 		}

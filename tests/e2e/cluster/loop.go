@@ -20,7 +20,8 @@ import (
 type inode struct{ device, number uint64 }
 
 // loops gives the loop devices (/dev/loopN) whose backing file is in a directory,
-// or in a filesystem on such a device; the ones that stand on others first.
+// or in a filesystem on such a device, or such a device itself, as with those that
+// a kubelet makes to hold block volumes; the ones that stand on others first.
 func loops(directory string) ([]string, error) {
 	files := map[inode]bool{}
 	err := filepath.WalkDir(directory, func(_ string, entry fs.DirEntry, err error) error {
@@ -53,7 +54,7 @@ func loops(directory string) ([]string, error) {
 	for {
 		more := false
 		for path, loop := range attached {
-			if !devices[loop.number] && (files[loop.backing] || devices[loop.backing.device]) {
+			if !devices[loop.number] && (files[loop.backing] || devices[loop.backing.device] || devices[loop.device]) {
 				devices[loop.number] = true
 				found = append([]string{path}, found...)
 				more = true
@@ -68,6 +69,7 @@ func loops(directory string) ([]string, error) {
 type loop struct {
 	number  uint64 // the device's own
 	backing inode
+	device  uint64 // that the backing file is, or 0
 }
 
 func attachedLoops() (map[string]loop, error) {
@@ -97,7 +99,7 @@ func attachedLoops() (map[string]loop, error) {
 		if err := unix.Stat(device, &stat); err != nil {
 			return nil, err
 		}
-		found[device] = loop{number: stat.Rdev, backing: inode{status.Device, status.Inode}}
+		found[device] = loop{number: stat.Rdev, backing: inode{status.Device, status.Inode}, device: status.Rdevice}
 	}
 	return found, nil
 }

@@ -52,16 +52,22 @@ func lastNode(t *testing.T) (*Cluster, *Node) {
 	}
 	n := c.Nodes()[Nodes-1]
 	t.Cleanup(func() { // whatever the test did
-		if running, err := n.Running(); err == nil && !running {
-			err = n.Start(context.Background())
-		} else if pids, err2 := n.machine.daemons("kubelet"); err == nil && err2 == nil && len(pids) == 0 {
-			err = n.StartKubelet(context.Background())
-		}
-		if err != nil {
+		if err := repair(context.Background(), n); err != nil {
 			t.Error(err)
 		}
 	})
 	return c, n
+}
+
+// repair starts what does not run.
+func repair(ctx context.Context, n *Node) error {
+	if running, err := n.Running(); err != nil || !running {
+		return errors.Join(err, n.Start(ctx))
+	}
+	if pids, err := n.machine.daemons("kubelet"); err != nil || len(pids) == 0 {
+		return errors.Join(err, n.StartKubelet(ctx))
+	}
+	return nil
 }
 
 func TestPodsGoOnWhileTheirKubeletIsRestarted(t *testing.T) {

@@ -146,8 +146,8 @@ func place(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (*
 	}
 	var unclear error
 	for _, a := range answers {
-		if tells(a.err) && a.err != nil {
-			return nil, a.err // such as of parameters that make no sense
+		if is(a.err, codes.InvalidArgument) { // and would be on any node
+			return nil, a.err
 		}
 		unclear = cmp.Or(unclear, a.err)
 	}
@@ -163,10 +163,7 @@ func place(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (*
 		)
 	})
 	var full error
-	for i, a := range answers {
-		if i > 0 && !fits(a) {
-			break // the best was asked: it may just be getting room
-		}
+	for _, a := range answers { // also those without room: they may just be getting some
 		response, err := a.CreateVolume(ctx, r)
 		if !is(err, codes.ResourceExhausted) {
 			return response, at(ctx, a.member, err)

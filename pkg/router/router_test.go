@@ -59,6 +59,20 @@ func TestNoRoomIsResourceExhaustedOnlyIfEveryNodeSaysSo(t *testing.T) {
 	if got := nodeOf(made(t, s, volume("v"))); got != "node-3" {
 		t.Errorf("it is on %s; node-3 is the next best", got)
 	}
+	// What was deleted on a node that is full is just being freed, for which its
+	// engine waits.
+	nodes[0].Before(func(_ context.Context, method string) error {
+		if method == "CreateVolume" {
+			nodes[0].mu.Lock()
+			defer nodes[0].mu.Unlock()
+			nodes[0].room = 5 * gib
+		}
+		return nil
+	})
+	if got := nodeOf(made(t, s, volume("freed", func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 5 * gib }))); got != "node-1" {
+		t.Errorf("it is on %s; node-1 has got room", got)
+	}
+	nodes[0].Before(failing("none"))
 	// One that may have room does not tell.
 	nodes[1].Before(failing("GetCapacity"))
 	_, err = s.CreateVolume(t.Context(), volume("large", func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 3 * gib }))

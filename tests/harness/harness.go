@@ -50,6 +50,8 @@ type Driver struct {
 	Node   string   // its name; NodeID unless changed
 
 	t       testing.TB
+	base    []string // arguments that a test does not see
+	router  *Driver  // in front of it; nil if it stands alone
 	binary  string
 	process *exec.Cmd
 	log     *lockedBuffer
@@ -112,8 +114,18 @@ func Binary(t testing.TB) string {
 
 // New prepares a driver with the configuration, in which $DIR stands for the
 // driver's own directory. At the test's end the driver is stopped and every
-// mount and loop device below the directory is undone.
+// mount and loop device below the directory is undone. In a test that is
+// [BehindRouter] it is a node with a router in front of it.
 func New(t testing.TB, config string) *Driver {
+	t.Helper()
+	d := prepare(t, config)
+	if f := fleetOf(t); f != nil {
+		f.take(d)
+	}
+	return d
+}
+
+func prepare(t testing.TB, config string) *Driver {
 	t.Helper()
 	dir, err := filepath.EvalSymlinks(t.TempDir())
 	if err != nil {
@@ -181,7 +193,7 @@ func (d *Driver) Command() *exec.Cmd {
 	if d.Mode != "controller" {
 		args = append(args, "--node-id", d.Node, "--config", d.Config, "--state-dir", filepath.Join(d.Dir, "state"))
 	}
-	args = append(args, d.Args...)
+	args = append(append(args, d.base...), d.Args...)
 	cmd := exec.Command(d.binary, args...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	// The race detector lets a process linger for a second when it ends.
@@ -212,6 +224,12 @@ func (d *Driver) Launch(start func(*exec.Cmd) error) {
 	d.conn = conn
 	d.IdentityClient, d.ControllerClient, d.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
 	d.SnapshotMetadataClient = csi.NewSnapshotMetadataClient(conn)
+	if d.router != nil {
+		if d.router.process == nil {
+			d.router.Start()
+		}
+		d.ControllerClient, d.SnapshotMetadataClient = d.router.ControllerClient, d.router.SnapshotMetadataClient
+	}
 }
 
 // Serves waits until a process that was launched serves.
@@ -222,7 +240,7 @@ func (d *Driver) Serves() error {
 		probe, err := d.Probe(ctx, &csi.ProbeRequest{})
 		cancel()
 		if err == nil && probe.GetReady().GetValue() {
-			return nil
+			return d.reached()
 		}
 		if d.process.Process.Signal(syscall.Signal(0)) != nil || time.Now().After(deadline) || exited(d.process) {
 			return fmt.Errorf("csi-driver does not serve: %w\n%s", err, d.Log())

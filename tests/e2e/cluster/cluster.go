@@ -58,7 +58,8 @@ func Open(directory string) (*Cluster, error) {
 	if err := json.Unmarshal(data, &c.network); err != nil {
 		return nil, fmt.Errorf("read network.json: %w", err)
 	}
-	_, incomplete := os.Stat(completeFile)
+	bare, incomplete := os.ReadFile(completeFile)
+	c.bare = string(bare) == bareCluster
 	if pid, err := control.pid(); err != nil || pid == 0 || incomplete != nil {
 		return nil, errors.Join(err, errors.New("no cluster is running, but there is what is left of one: start it with make cluster-up"))
 	}
@@ -175,16 +176,19 @@ func Up(ctx context.Context, directory string, bare bool, log io.Writer) (err er
 	if err := c.builder.Step("starting the snapshot controller", func() error { return c.startSnapshotController(ctx) }); err != nil {
 		return err
 	}
-	if !bare {
-		if err := c.install(ctx, images); err != nil {
-			return err
-		}
+	if bare {
+		return os.WriteFile(completeFile, []byte(bareCluster), 0o644)
+	}
+	if err := c.install(ctx, images); err != nil {
+		return err
 	}
 	return os.WriteFile(completeFile, nil, 0o644)
 }
 
-// A file tells that the cluster's start was completed.
+// A file tells that the cluster's start was completed, and whether it is bare.
 var completeFile = filepath.Join(Dir, "complete")
+
+const bareCluster = "bare"
 
 // prepare writes what all of the cluster use.
 func (c *Cluster) prepare(binaries map[string]string, images []build.Image) error {

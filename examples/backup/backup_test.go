@@ -119,7 +119,7 @@ func TestACopyOfAFilesystemInUseIsBroughtUpToDateAndRestored(t *testing.T) {
 	for fs, size := range map[string]int64{"ext4": 64 << 20, "xfs": 320 << 20} {
 		t.Run(fs, func(t *testing.T) {
 			w, dir := newWorld(t, size, harness.Mount(fs, harness.Writer))
-			for round := range 6 {
+			for round := range 4 {
 				for i := range 5 {
 					write(t, filepath.Join(dir, fmt.Sprintf("file-%d", rand.IntN(8))), rand.Int64N(1<<20), 1+rand.IntN(100_000))
 					_ = os.Remove(filepath.Join(dir, fmt.Sprintf("file-%d", i)))
@@ -160,7 +160,7 @@ func TestASaveThatIsInterruptedIsFinishedByTheNext(t *testing.T) {
 	write(t, device, 0, 4<<20)
 	w.save()
 	began := 0
-	for range 12 {
+	for range 6 {
 		for range 10 {
 			off := rand.Int64N(size/(1<<20)) << 20
 			if rand.IntN(2) == 0 {
@@ -195,7 +195,7 @@ func TestASaveThatIsInterruptedIsFinishedByTheNext(t *testing.T) {
 	if out, err := exec.Command("cmp", device, w.file).CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
 	}
-	t.Logf("%d of 12 were interrupted after they had begun to copy", began)
+	t.Logf("%d of 6 were interrupted after they had begun to copy", began)
 	w.server.Release("volume", w.volume)
 }
 

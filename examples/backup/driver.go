@@ -28,7 +28,7 @@ type driver struct {
 func connect(controller, node string) (*driver, error) {
 	d := &driver{}
 	open := func(endpoint string) (*grpc.ClientConn, error) {
-		c, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		c, err := grpc.NewClient(endpoint, grpc.WithTransportCredentials(insecure.NewCredentials()), grpc.WithUnaryInterceptor(patiently))
 		if err == nil {
 			d.connections = append(d.connections, c)
 		}
@@ -47,6 +47,28 @@ func connect(controller, node string) (*driver, error) {
 		d.NodeClient = csi.NewNodeClient(c)
 	}
 	return d, nil
+}
+
+// patience is how long a call is repeated.
+const patience = 2 * time.Minute
+
+// patiently repeats a call that another call for the same volume or snapshot is
+// in the way of, which may be one that this client has given up, and one that
+// did not reach the driver. Every call of CSI can be repeated.
+func patiently(ctx context.Context, method string, request, response any, c *grpc.ClientConn, call grpc.UnaryInvoker, options ...grpc.CallOption) error {
+	deadline := time.Now().Add(patience)
+	for pause := 50 * time.Millisecond; ; pause = min(2*pause, 5*time.Second) {
+		err := call(ctx, method, request, response, c, options...)
+		code := status.Code(err)
+		if code != codes.Aborted && code != codes.Unavailable || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-time.After(pause):
+		case <-ctx.Done():
+			return err
+		}
+	}
 }
 
 func (d *driver) close() {

@@ -66,13 +66,13 @@ func (s *space) refusals(claim string) (n int) {
 func TestSchedulerAvoidsFullNode(t *testing.T) {
 	s := newSpace(t)
 	full := nodes[0]
-	free := s.roomIs(full, "orlop", "more than 4 GiB", func(n int64) bool { return n > 4*gib })
-	s.apply(join(claimYAML, podYAML+onNode), "claim", "filler", "class", "orlop", "size", quantity(free-gib), "pod", "filler", "node", full)
+	free := s.roomIs(full, "orlop", "more than 2 GiB", func(n int64) bool { return n > 2*gib })
+	s.apply(join(claimYAML, podYAML+onNode), "claim", "filler", "class", "orlop", "size", quantity(free-gib/2), "pod", "filler", "node", full)
 	s.runs("filler")
-	s.roomIs(full, "orlop", "about 1 GiB", func(n int64) bool { return n < 2*gib })
+	s.roomIs(full, "orlop", "less than 1 GiB", func(n int64) bool { return n < gib })
 
 	for i := range 3 {
-		s.apply(join(claimYAML, podYAML+rather), "claim", fmt.Sprintf("data-%d", i), "class", "orlop", "size", "2Gi", "pod", fmt.Sprintf("app-%d", i), "node", full)
+		s.apply(join(claimYAML, podYAML+rather), "claim", fmt.Sprintf("data-%d", i), "class", "orlop", "size", "1Gi", "pod", fmt.Sprintf("app-%d", i), "node", full)
 	}
 	for i := range 3 {
 		pod, claim := fmt.Sprintf("app-%d", i), fmt.Sprintf("data-%d", i)
@@ -90,8 +90,8 @@ func TestSchedulerAvoidsFullNode(t *testing.T) {
 
 	s.delete(pods, "filler")
 	s.delete(claims, "filler")
-	s.roomIs(full, "orlop", "as it was", func(n int64) bool { return n >= free-gib/2 })
-	s.apply(join(claimYAML, podYAML+rather), "claim", "late", "class", "orlop", "size", "2Gi", "pod", "late", "node", full)
+	s.roomIs(full, "orlop", "as it was", func(n int64) bool { return n >= free-gib/4 })
+	s.apply(join(claimYAML, podYAML+rather), "claim", "late", "class", "orlop", "size", "1Gi", "pod", "late", "node", full)
 	if node := s.runs("late").Spec.NodeName; node != full {
 		t.Errorf("late runs on %s; there is room again on %s", node, full)
 	}
@@ -122,11 +122,11 @@ spec:
 	// once a minute. If that comes too soon, the scheduler avoids the node, which
 	// is another test; then once more.
 	for try := range 5 {
-		free := s.roomIs(full, "orlop", "more than 4 GiB", func(n int64) bool { return n > 4*gib })
+		free := s.roomIs(full, "orlop", "more than 2 GiB", func(n int64) bool { return n > 2*gib })
 		filler, pod, claim := fmt.Sprintf("filler-%d", try), fmt.Sprintf("app-%d", try), fmt.Sprintf("data-%d", try)
-		s.apply(inline, "pod", filler, "node", full, "size", quantity(free-gib))
+		s.apply(inline, "pod", filler, "node", full, "size", quantity(free-gib/2))
 		s.runs(filler)
-		s.apply(join(claimYAML, podYAML+rather), "claim", claim, "class", "orlop", "size", "2Gi", "pod", pod, "node", full)
+		s.apply(join(claimYAML, podYAML+rather), "claim", claim, "class", "orlop", "size", "1Gi", "pod", pod, "node", full)
 		if node := s.runs(pod).Spec.NodeName; node == full {
 			t.Fatalf("%s runs on %s, which is full", pod, node)
 		}
@@ -138,7 +138,7 @@ spec:
 		if s.refusals(claim) > 0 {
 			return
 		}
-		s.roomIs(full, "orlop", "as it was", func(n int64) bool { return n >= free-gib/2 })
+		s.roomIs(full, "orlop", "as it was", func(n int64) bool { return n >= free-gib/4 })
 	}
 	t.Error("in no try did the scheduler choose the full node, although it could not know")
 }

@@ -30,6 +30,8 @@ import (
 	"k8s.io/client-go/restmapper"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/remotecommand"
+
+	"github.com/orlop-csi/orlop/tests/e2e/cluster"
 )
 
 // The cluster, as its administrator.
@@ -40,13 +42,10 @@ var (
 	mapper  *restmapper.DeferredDiscoveryRESTMapper
 )
 
-// clusterKubeconfig is where `make cluster-up` leaves it.
-const clusterKubeconfig = "/var/tmp/orlop-e2e/kubeconfig"
-
 func connect() (err error) {
 	file := os.Getenv("KUBECONFIG")
 	if file == "" {
-		file = clusterKubeconfig
+		file = cluster.Kubeconfig
 	}
 	admin, err = clientcmd.BuildConfigFromFlags("", file)
 	if err != nil {
@@ -141,8 +140,8 @@ func awaitFor[T any](t testing.TB, limit time.Duration, in dynamic.ResourceInter
 			return last
 		}
 	}
-	state, _ := json.MarshalIndent(last, "  ", " ")
-	t.Fatalf("%s is not %s after %s; it is\n  %s", name, what, limit, state)
+	state, err := json.Marshal(last)
+	t.Fatalf("%s is not %s after %s; it is %s %v", name, what, limit, state, err)
 	return nil
 }
 
@@ -286,7 +285,5 @@ func must(t testing.TB, err error) {
 
 var (
 	getNow    = metav1.GetOptions{}
-	newestLog = &corev1.PodLogOptions{TailLines: ptr(int64(20))}
+	newestLog = &corev1.PodLogOptions{TailLines: new(int64(20))}
 )
-
-func ptr[T any](v T) *T { return &v }

@@ -99,7 +99,7 @@ func TestCrashOfController(t *testing.T) {
 		s.apply(join(claimYAML, podYAML), "claim", name, "class", "orlop", "size", "64Mi", "pod", name)
 		if i%4 == 1 {
 			for _, p := range driverPods(t, "controller") {
-				err := kube.CoreV1().Pods(system).Delete(context.Background(), p.Name, metav1.DeleteOptions{GracePeriodSeconds: ptr(int64(0))})
+				err := kube.CoreV1().Pods(system).Delete(context.Background(), p.Name, metav1.DeleteOptions{GracePeriodSeconds: new(int64(0))})
 				must(t, err)
 			}
 		}
@@ -116,4 +116,32 @@ func TestCrashOfController(t *testing.T) {
 		t.Errorf("%d claims have made %d volumes", n, got)
 	}
 	restartPods(t, "controller") // and so it is whole again for the next test
+}
+
+// The kubelet of a node ends and starts again while a pod writes: the pod sees no
+// error, the driver registers anew, and volumes can be made and deleted.
+func TestRestartOfKubelet(t *testing.T) {
+	s := newSpace(t)
+	names := s.writers("orlop")
+	node := nodes[1]
+	machine := machineOf(t, node)
+	must(t, machine.RestartKubelet(context.Background()))
+	served(t, node)
+	for i, name := range names {
+		s.goesOn(name, 20)
+		s.useNode(nodes[i])
+	}
+
+	// What changes while there is no kubelet is done when it is back.
+	must(t, machine.StopKubelet(context.Background()))
+	remove(t, s.in(pods), names[1])
+	s.apply(join(claimYAML, podYAML+onNode), "claim", "meanwhile", "class", "orlop", "size", "64Mi", "pod", "meanwhile", "node", node)
+	s.goesOn(names[0], 5)
+	must(t, machine.StartKubelet(context.Background()))
+	s.delete(pods, names[1])
+	s.runs("meanwhile")
+	s.sh("meanwhile", fill("/data/file", 1))
+	s.apply(writerYAML, "claim", names[1], "pod", "again")
+	s.runs("again")
+	s.goesOn("again", 5)
 }

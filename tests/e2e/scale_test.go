@@ -179,7 +179,7 @@ func TestMemoryOfNode(t *testing.T) {
 		var mounts, list, all strings.Builder
 		for v := range each10 {
 			name := fmt.Sprintf("data-%d-%d", p, v)
-			all.WriteString(strings.NewReplacer("${claim}", name, "${class}", "orlop", "${size}", "64Mi").Replace(claimYAML) + "\n---\n")
+			all.WriteString(strings.NewReplacer("${claim}", name, "${class}", "orlop", "${size}", "16Mi").Replace(claimYAML) + "\n---\n")
 			fmt.Fprintf(&mounts, "    - {name: v%d, mountPath: /data/%d}\n", v, v)
 			fmt.Fprintf(&list, "  - {name: v%d, persistentVolumeClaim: {claimName: %s}}\n", v, name)
 		}

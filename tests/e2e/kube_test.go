@@ -20,7 +20,7 @@ import (
 	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
-	"k8s.io/apimachinery/pkg/util/yaml"
+	documents "k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/discovery/cached/memory"
 	"k8s.io/client-go/dynamic"
@@ -30,6 +30,7 @@ import (
 	"k8s.io/client-go/restmapper"
 	"k8s.io/client-go/tools/clientcmd"
 	"k8s.io/client-go/tools/remotecommand"
+	"sigs.k8s.io/yaml"
 
 	"github.com/orlop-csi/orlop/tests/e2e/cluster"
 )
@@ -72,7 +73,7 @@ func parse(t testing.TB, text string, pairs ...string) (all []*unstructured.Unst
 		oldnew = append(oldnew, "${"+pairs[i]+"}", pairs[i+1])
 	}
 	text = strings.NewReplacer(oldnew...).Replace(text)
-	decoder := yaml.NewYAMLOrJSONDecoder(strings.NewReader(text), 4096)
+	decoder := documents.NewYAMLOrJSONDecoder(strings.NewReader(text), 4096)
 	for {
 		o := new(unstructured.Unstructured)
 		err := decoder.Decode(o)
@@ -242,7 +243,7 @@ func create(t testing.TB, o *unstructured.Unstructured, namespace string) (in dy
 // patch changes an object by a JSON merge patch, given as YAML or JSON.
 func patch(t testing.TB, in dynamic.ResourceInterface, name, change string) {
 	t.Helper()
-	data, err := yaml.ToJSON([]byte(change))
+	data, err := yaml.YAMLToJSON([]byte(change))
 	must(t, err)
 	_, err = in.Patch(context.Background(), name, types.MergePatchType, data, metav1.PatchOptions{FieldManager: "e2e"})
 	must(t, err)

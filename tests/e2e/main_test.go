@@ -44,8 +44,8 @@ const (
 const patience = 5 * time.Minute
 
 var (
-	// image is what test pods run: a shell, and the tools of busybox.
-	image = flag.String("image", "registry.k8s.io/e2e-test-images/busybox:1.37.0-1", "image of the test pods: a shell with dd, sha256sum, awk")
+	// image is what test pods run: a shell, and what is usual beside it.
+	image = flag.String("image", "localhost/orlop-tools:1", "image of the test pods: a shell with dd, sha256sum, awk")
 
 	// nodes are those that the driver serves, sorted.
 	nodes []string

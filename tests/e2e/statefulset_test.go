@@ -35,7 +35,7 @@ spec:
       containers:
       - name: main
         image: ${image}
-        command: [sh, -c, "hostname >>/data/starts; sync; trap exit TERM; sleep 1000000 & wait"]
+        command: [sh, -c, "cat /etc/hostname >>/data/starts; sync; trap exit TERM; sleep 1000000 & wait"]
         volumeMounts: [{name: data, mountPath: /data}]
         readinessProbe: {exec: {command: [test, -s, /data/starts]}, periodSeconds: 1, timeoutSeconds: 30}
   volumeClaimTemplates:

@@ -24,6 +24,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/orlop-csi/orlop/tests/e2e/build"
 )
 
 // The names that are part of an installation.
@@ -45,7 +47,7 @@ const patience = 5 * time.Minute
 
 var (
 	// image is what test pods run: a shell, and what is usual beside it.
-	image = flag.String("image", "localhost/orlop-tools:1", "image of the test pods: a shell with dd, sha256sum, awk")
+	image = flag.String("image", build.ToolsImage, "image of the test pods: a shell with dd, sha256sum, awk")
 
 	// nodes are those that the driver serves, sorted.
 	nodes []string

@@ -42,7 +42,9 @@ func (c *Cluster) manifests(ctx context.Context, kubectl string) (string, error)
 	if _, err := os.Stat(dir); err != nil {
 		return "", err
 	}
-	return output(exec.CommandContext(ctx, kubectl, "kustomize", dir))
+	cmd := exec.CommandContext(ctx, kubectl, "kustomize", dir)
+	cmd.Args[0] = "kubectl" // one binary is all of Kubernetes' programs
+	return output(cmd)
 }
 
 // install applies the manifests, and waits until Orlop serves every node.

@@ -27,9 +27,9 @@ func TestClone(t *testing.T) {
 			s := newSpace(t)
 			class := s.classOf(fstype)
 			s.apply(join(claimYAML, podYAML), "claim", "data", "class", class, "size", "320Mi", "pod", "app")
-			s.runs("app")
+			node := s.runs("app").Spec.NodeName
 			want := s.sh("app", fill("/data/file", 16))
-			s.apply(join(cloneYAML, podYAML), "clone", "twin", "class", class, "size", "640Mi", "source", "data", "claim", "twin", "pod", "reader")
+			s.apply(join(cloneYAML, podYAML+onNode), "node", node, "clone", "twin", "class", class, "size", "640Mi", "source", "data", "claim", "twin", "pod", "reader")
 			s.runs("reader")
 			if got := s.sh("reader", sum("/data/file")); got != want {
 				t.Errorf("the clone has %s, want %s", got, want)
@@ -62,7 +62,7 @@ func TestSnapshotUnderLoad(t *testing.T) {
 			s := newSpace(t)
 			class := s.classOf(fstype)
 			s.apply(join(claimYAML, writerYAML), "claim", "data", "class", class, "size", "320Mi", "pod", "app")
-			s.runs("app")
+			node := s.runs("app").Spec.NodeName
 			var least, most []int
 			for i := range 3 {
 				least = append(least, s.goesOn("app", 20))
@@ -74,7 +74,7 @@ func TestSnapshotUnderLoad(t *testing.T) {
 			s.goesOn("app", 5)
 			for i := range 3 {
 				name := fmt.Sprintf("cut-%d", i)
-				s.apply(join(restoreYAML, podYAML), "restored", name, "class", class, "size", "320Mi", "snapshot", name, "claim", name, "pod", name)
+				s.apply(join(restoreYAML, podYAML+onNode), "node", node, "restored", name, "class", class, "size", "320Mi", "snapshot", name, "claim", name, "pod", name)
 			}
 			for i := range 3 {
 				name := fmt.Sprintf("cut-%d", i)
@@ -93,13 +93,13 @@ func TestBlockCopies(t *testing.T) {
 	t.Parallel()
 	s := newSpace(t)
 	s.apply(join(blockClaimYAML, blockPodYAML), "claim", "data", "class", "orlop", "size", "64Mi", "pod", "app")
-	s.runs("app")
+	node := s.runs("app").Spec.NodeName
 	want := s.sh("app", "dd if=/dev/urandom of=/dev/data bs=1M count=64 conv=fsync,notrunc 2>/dev/null; sha256sum </dev/data")
 	s.apply(snapshotYAML, "snapshot", "cut", "claim", "data")
 	s.cut("cut")
 	block := func(text string) string { return strings.TrimSuffix(text, "\n") + "\n  volumeMode: Block\n" }
-	s.apply(join(block(restoreYAML), blockPodYAML), "restored", "old", "class", "orlop", "size", "64Mi", "snapshot", "cut", "claim", "old", "pod", "restored")
-	s.apply(join(block(cloneYAML), blockPodYAML), "clone", "twin", "class", "orlop", "size", "64Mi", "source", "data", "claim", "twin", "pod", "cloned")
+	s.apply(join(block(restoreYAML), blockPodYAML+onNode), "node", node, "restored", "old", "class", "orlop", "size", "64Mi", "snapshot", "cut", "claim", "old", "pod", "restored")
+	s.apply(join(block(cloneYAML), blockPodYAML+onNode), "node", node, "clone", "twin", "class", "orlop", "size", "64Mi", "source", "data", "claim", "twin", "pod", "cloned")
 	for _, pod := range []string{"restored", "cloned"} {
 		s.runs(pod)
 		if got := s.sh(pod, sum("/dev/data")); got != want {

@@ -123,13 +123,15 @@ func awaitFor[T any](t testing.TB, limit time.Duration, in dynamic.ResourceInter
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), limit)
 	defer cancel()
-	var last *T
+	var last *unstructured.Unstructured
 	check := func(o *unstructured.Unstructured) bool {
-		last = nil
+		last = o
+		var typed *T
 		if o != nil {
-			last = as[T](t, o)
+			o.SetManagedFields(nil)
+			typed = as[T](t, o)
 		}
-		done, err := condition(last)
+		done, err := condition(typed)
 		if err != nil {
 			t.Fatalf("waiting until %s is %s: %v", name, what, err)
 		}
@@ -138,11 +140,17 @@ func awaitFor[T any](t testing.TB, limit time.Duration, in dynamic.ResourceInter
 	for ctx.Err() == nil {
 		// A watch can end at any time; then it begins anew with what is there.
 		if watchOne(ctx, in, name, check) {
-			return last
+			if last == nil {
+				return nil
+			}
+			return as[T](t, last)
 		}
 	}
-	state, err := json.Marshal(last)
-	t.Fatalf("%s is not %s after %s; it is %s %v", name, what, limit, state, err)
+	if last == nil {
+		t.Fatalf("%s is not %s after %s; it is not there", name, what, limit)
+	}
+	state, err := json.Marshal(last.Object["status"])
+	t.Fatalf("%s is not %s after %s; its status is %s %v", name, what, limit, state, err)
 	return nil
 }
 

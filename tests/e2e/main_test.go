@@ -41,11 +41,11 @@ const (
 	routeMetrics = 9812
 )
 
-// patience is how long anything may take that should take seconds. The machine
-// may be small, and have other things to do.
-const patience = 5 * time.Minute
-
 var (
+	// patience is how long anything may take that should take seconds. The
+	// machine may be small, and have other things to do.
+	patience time.Duration
+
 	// image is what test pods run: a shell, and what is usual beside it.
 	image = flag.String("image", build.ToolsImage, "image of the test pods: a shell with dd, sha256sum, awk")
 
@@ -54,6 +54,7 @@ var (
 )
 
 func TestMain(m *testing.M) {
+	flag.DurationVar(&patience, "patience", 5*time.Minute, "how long a test waits for anything before it fails")
 	flag.Parse()
 	if err := prepare(); err != nil {
 		fmt.Fprintln(os.Stderr, err)

@@ -82,7 +82,7 @@ func TestSmokeSnapshot(t *testing.T) {
 	t.Parallel()
 	s := newSpace(t)
 	s.apply(join(claimYAML, podYAML), "claim", "data", "class", "orlop", "size", "64Mi", "pod", "app")
-	s.runs("app")
+	node := s.runs("app").Spec.NodeName
 	before := s.sh("app", fill("/data/file", 8))
 	s.apply(snapshotYAML, "snapshot", "cut", "claim", "data")
 	s.cut("cut")
@@ -91,7 +91,7 @@ func TestSmokeSnapshot(t *testing.T) {
 		t.Fatal("the test wrote the same twice")
 	}
 
-	s.apply(join(restoreYAML, podYAML), "restored", "old", "class", "orlop", "size", "64Mi", "snapshot", "cut", "pod", "reader", "claim", "old")
+	s.apply(join(restoreYAML, podYAML+onNode), "node", node, "restored", "old", "class", "orlop", "size", "64Mi", "snapshot", "cut", "pod", "reader", "claim", "old")
 	s.runs("reader")
 	if got := s.sh("reader", sum("/data/file")); got != before {
 		t.Errorf("restored: %s, want %s", got, before)
@@ -105,7 +105,7 @@ func TestSmokeSnapshot(t *testing.T) {
 	s.delete(pods, "reader")
 	s.delete(claims, "data")
 	s.delete(claims, "old")
-	s.apply(join(restoreYAML, podYAML), "restored", "again", "class", "orlop", "size", "64Mi", "snapshot", "cut", "pod", "again", "claim", "again")
+	s.apply(join(restoreYAML, podYAML+onNode), "node", node, "restored", "again", "class", "orlop", "size", "64Mi", "snapshot", "cut", "pod", "again", "claim", "again")
 	s.runs("again")
 	if got := s.sh("again", sum("/data/file")); got != before {
 		t.Errorf("restored when the volume was gone: %s, want %s", got, before)

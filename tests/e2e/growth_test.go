@@ -3,6 +3,7 @@ package e2e
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -91,14 +92,13 @@ func TestGrowth(t *testing.T) {
 // pod is started again, and fails if it has grown anyway.
 func (s *space) growsLater(pod string, small int64) {
 	s.Helper()
-	eventually(s.T, "the user is told why the filesystem has not grown", func() error {
-		about := append(s.eventsAbout("Pod", pod), s.eventsAbout("PersistentVolumeClaim", "data")...)
-		for _, e := range about {
-			if strings.Contains(e, "CAP_SYS_RESOURCE") {
-				return nil
-			}
+	await(s.T, s.in(claims), "data", "described as one whose filesystem could not grow", func(c *corev1.PersistentVolumeClaim) (bool, error) {
+		if c == nil {
+			return false, errGone
 		}
-		return fmt.Errorf("the events are %q", about)
+		return slices.ContainsFunc(c.Status.Conditions, func(c corev1.PersistentVolumeClaimCondition) bool {
+			return c.Type == corev1.PersistentVolumeClaimNodeResizeError && strings.Contains(c.Message, "CAP_SYS_RESOURCE")
+		}), nil
 	})
 	if got := s.filesystemSize(pod); got != small {
 		s.Errorf("the filesystem had %d bytes, and has %d although it could not grow", small, got)

@@ -36,6 +36,29 @@ func orphans(t testing.TB, flags ...string) string {
 	return out
 }
 
+// setGracePeriod changes how long the controllers wait until they call something
+// an orphan, as an administrator does in the manifest of the Deployment.
+func setGracePeriod(t testing.TB, period string) {
+	t.Helper()
+	ctx := context.Background()
+	eventually(t, "the grace period is "+period, func() error {
+		d, err := kube.AppsV1().Deployments(system).Get(ctx, controllers, getNow)
+		if err != nil {
+			return err
+		}
+		for i, c := range d.Spec.Template.Spec.Containers {
+			for j, arg := range c.Args {
+				if c.Name == container && strings.HasPrefix(arg, "--orphan-grace-period=") {
+					d.Spec.Template.Spec.Containers[i].Args[j] = "--orphan-grace-period=" + period
+				}
+			}
+		}
+		_, err = kube.AppsV1().Deployments(system).Update(ctx, d, metav1.UpdateOptions{FieldManager: "e2e"})
+		return err
+	})
+	restartPods(t, "controller")
+}
+
 // served waits until the driver serves a node: its pod is ready, and pods that
 // use its volumes may be scheduled there.
 func served(t testing.TB, node string) {
@@ -144,9 +167,20 @@ func TestLostNode(t *testing.T) {
 	if out := orphans(t); strings.Contains(out, s.bound("data-"+other).Spec.CSI.VolumeHandle) {
 		t.Errorf("a volume in use is called an orphan: %s", out)
 	}
-	orphans(t, "--remove")
+	// Nobody removes by mistake what was unclaimed only for a moment.
+	named := []string{"csi-driver", "orphans", "--remove", "volume/" + handles[0], "snapshot/" + handles[1]}
+	if out, err := run(system, driverPods(t, "controller")[0].Name, container, named...); err == nil || !strings.Contains(err.Error(), "grace period") {
+		t.Errorf("what is in its grace period could be removed: %v %s", err, out)
+	}
+	setGracePeriod(t, "1s")
+	t.Cleanup(func() { setGracePeriod(t, "1h") })
+	pod := driverPods(t, "controller")[0].Name
+	eventually(t, "the orphans are removed", func() error {
+		_, err := run(system, pod, container, named...)
+		return err
+	})
 	if out := orphans(t); strings.Contains(out, handles[0]) || strings.Contains(out, handles[1]) {
-		t.Errorf("orphans are left after --remove: %s", out)
+		t.Errorf("orphans are left when they were removed: %s", out)
 	}
 	s.useNode(lost)
 	s.goesOn("app-"+other, 5)

@@ -59,15 +59,26 @@ var dialOptions = []grpc.DialOption{
 	// than Time is ended with a question.
 	grpc.WithKeepaliveParams(keepalive.ClientParameters{Time: 10 * time.Second, Timeout: 4 * time.Second, PermitWithoutStream: true}),
 	grpc.WithDefaultCallOptions(grpc.MaxCallRecvMsgSize(maxMessage)),
+	// A proxy that the environment names is for the world outside, and nodes
+	// are within.
+	grpc.WithNoProxy(),
 }
 
 // ServerOptions are what a node's server must be told to get on with the
 // connections of a router.
-func ServerOptions() []grpc.ServerOption {
+func ServerOptions() []grpc.ServerOption { return serverOptions(time.Hour) }
+
+// serverOptions has connections made anew at that age, with no call lost: a
+// router's certificate is looked at in the handshake only, and one that has
+// ended, or whose authority is trusted no more, must not go on being of use.
+func serverOptions(age time.Duration) []grpc.ServerOption {
 	return []grpc.ServerOption{
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 5 * time.Second, PermitWithoutStream: true}),
-		// The calls of a router that vanished are given up, too.
-		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 20 * time.Second, Timeout: 10 * time.Second}),
+		grpc.KeepaliveParams(keepalive.ServerParameters{
+			// The calls of a router that vanished are given up, too.
+			Time: 20 * time.Second, Timeout: 10 * time.Second,
+			MaxConnectionAge: age, MaxConnectionAgeGrace: time.Hour,
+		}),
 	}
 }
 

@@ -112,7 +112,9 @@ fmt: need-go ## Format the Go code
 	gofmt -s -w cmd demo examples pkg tests tools
 
 .PHONY: update
-update: fmt ## Regenerate what is generated: go.mod and go.sum, docs/reference.md, deploy/kubernetes/base
+update: fmt ## Regenerate what is generated: pkg/peerapi, go.mod and go.sum, docs/reference.md, deploy/kubernetes/base
+	@scripts/install protoc
+	@scripts/generate
 	@for module in $(MODULES); do (cd $$module && go mod tidy); done
 	@reference=$$(go run ./cmd/csi-driver reference) && echo "$$reference" >docs/reference.md
 	@cd tools/manifests && go run .

@@ -1,11 +1,12 @@
-// Package cgroup limits what the containers of a pod do on a block device, by
+// Package cgroup finds the control groups of pods, stops the processes in them
+// for a moment, and limits what the containers of a pod do on a block device, by
 // the kernel's block I/O controller: "io" of cgroup v2 (cgroups(7),
 // Documentation/admin-guide/cgroup-v2.rst), or "blkio" on hosts that still have
 // the hierarchies of version 1 (admin-guide/cgroup-v1/blkio-controller.rst).
 //
 // It finds the cgroups that the kubelet and the container runtime have made,
-// and writes limits into them. It makes and removes none, moves no process, and
-// remembers no limit: the kernel does.
+// and writes limits and the freezer's state into them. It makes and removes none,
+// moves no process, and remembers no limit: the kernel does.
 package cgroup
 
 import (

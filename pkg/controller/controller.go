@@ -1,6 +1,7 @@
-// Package controller is the CSI Controller and SnapshotMetadata services for the
-// pools of this node: it makes and removes volumes and snapshots, and tells of
-// them, of what changed between two, and of the room there is. It mounts and attaches nothing; package node does.
+// Package controller is the CSI Controller, GroupController and SnapshotMetadata
+// services for the pools of this node: it makes and removes volumes, snapshots
+// and groups of them, and tells of them, of what changed between two, and of the
+// room there is. It mounts and attaches nothing; package node does.
 package controller
 
 import (
@@ -34,10 +35,11 @@ var capabilities = []csi.ControllerServiceCapability_RPC_Type{
 	csi.ControllerServiceCapability_RPC_MODIFY_VOLUME,
 }
 
-// Server implements csi.ControllerServer and csi.SnapshotMetadataServer over the
-// pools of one node.
+// Server implements csi.ControllerServer, csi.GroupControllerServer
+// and csi.SnapshotMetadataServer over the pools of one node.
 type Server struct {
 	csi.UnimplementedControllerServer
+	csi.UnimplementedGroupControllerServer
 	csi.UnimplementedSnapshotMetadataServer
 
 	pools   *pool.Set

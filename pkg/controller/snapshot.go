@@ -62,7 +62,7 @@ func (s *Server) alreadyKnown(t *csi.TopologyRequirement) bool {
 func (s *Server) snap(ctx context.Context, requestName, volumeID string, existingOnly bool) (pool.Snapshot, error) {
 	_, existing, err := s.pools.SnapshotNamed(requestName)
 	switch {
-	case err == nil && (existing.SourceID != volumeID || existing.RequestName != requestName):
+	case err == nil && (existing.SourceID != volumeID || existing.RequestName != requestName || existing.Group != nil):
 		return pool.Snapshot{}, pool.Errorf(pool.ErrExists, "snapshot %s exists, of volume %s", existing.ID, existing.SourceID)
 	case err == nil || existingOnly || !errors.Is(err, pool.ErrNotFound):
 		return existing, err
@@ -94,6 +94,9 @@ func (s *Server) DeleteSnapshot(ctx context.Context, r *csi.DeleteSnapshotReques
 	}
 	if err != nil {
 		return nil, err
+	}
+	if snapshot.Group != nil {
+		return nil, pool.Errorf(pool.ErrInvalid, "snapshot %s is part of group snapshot %s, with which alone it can be deleted", snapshot.ID, snapshot.Group.ID)
 	}
 	if err := engine.DeleteSnapshot(ctx, snapshot.Name); err != nil {
 		return nil, err
@@ -157,7 +160,7 @@ func ofVolume(s pool.Snapshot, volumeID string) bool {
 
 // snapshot is the CSI form of a snapshot.
 func (s *Server) snapshot(snapshot pool.Snapshot) *csi.Snapshot {
-	return &csi.Snapshot{
+	converted := &csi.Snapshot{
 		SnapshotId:         snapshot.ID,
 		SourceVolumeId:     snapshot.SourceID,
 		SizeBytes:          snapshot.Size,
@@ -165,4 +168,8 @@ func (s *Server) snapshot(snapshot pool.Snapshot) *csi.Snapshot {
 		ReadyToUse:         true,
 		AccessibleTopology: s.topology(),
 	}
+	if snapshot.Group != nil {
+		converted.GroupSnapshotId = snapshot.Group.ID
+	}
+	return converted
 }

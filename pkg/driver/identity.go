@@ -11,6 +11,7 @@ import (
 // pluginServices is what the driver can do as a whole.
 var pluginServices = []csi.PluginCapability_Service_Type{
 	csi.PluginCapability_Service_CONTROLLER_SERVICE,
+	csi.PluginCapability_Service_GROUP_CONTROLLER_SERVICE,
 	csi.PluginCapability_Service_VOLUME_ACCESSIBILITY_CONSTRAINTS,
 	csi.PluginCapability_Service_SNAPSHOT_ACCESSIBILITY_CONSTRAINTS,
 	csi.PluginCapability_Service_SNAPSHOT_METADATA_SERVICE,

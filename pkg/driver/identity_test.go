@@ -31,7 +31,7 @@ func TestIdentityTellsWhatTheDriverIs(t *testing.T) {
 			got["expansion "+c.GetVolumeExpansion().GetType().String()] = true
 		}
 	}
-	want := []string{"CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "expansion ONLINE"}
+	want := []string{"CONTROLLER_SERVICE", "GROUP_CONTROLLER_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "expansion ONLINE"}
 	if len(got) != len(want) {
 		t.Errorf("got %v, want %v", got, want)
 	}

@@ -25,9 +25,9 @@ type fleet struct {
 	parts func(*router.Server) []part
 }
 
-// Router serves CSI Identity, Controller and SnapshotMetadata for a fleet of
-// nodes, until ctx is done and the calls in flight have ended. Options must be
-// valid.
+// Router serves CSI Identity, Controller, GroupController and SnapshotMetadata for
+// a fleet of nodes, until ctx is done and the calls in flight have ended. Options
+// must be valid.
 func Router(ctx context.Context, o RouterOptions) error {
 	find := staticFleet
 	if o.Kubernetes {
@@ -58,6 +58,7 @@ func Router(ctx context.Context, o RouterOptions) error {
 	csi.RegisterIdentityServer(calls.server, &identity{version: o.Version, ready: &ready})
 	csi.RegisterControllerServer(calls.server, service)
 	csi.RegisterSnapshotMetadataServer(calls.server, service)
+	csi.RegisterGroupControllerServer(calls.server, service)
 	found := &orphanCollector{}
 	registry.MustRegister(found)
 	orphans := router.NewOrphans(service, f.claims, o.OrphanGracePeriod, found.observe)

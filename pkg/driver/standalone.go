@@ -20,6 +20,7 @@ import (
 	"github.com/orlop-csi/orlop/pkg/controller"
 	"github.com/orlop-csi/orlop/pkg/kubelet"
 	"github.com/orlop-csi/orlop/pkg/node"
+	"github.com/orlop-csi/orlop/pkg/peerapi"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/pool/image"
 	"github.com/orlop-csi/orlop/pkg/router"
@@ -91,6 +92,9 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	defer func() {
 		// A call that was cut off and goes on regardless must not find its
 		// pool closed; the end of the process is near.
+		for _, e := range engines { // but nobody's writes may hang for good
+			e.Thaw()
+		}
 		if s.calls.edge.inFlight.Load() > 0 || s.peer != nil && s.peer.edge.inFlight.Load() > 0 {
 			return
 		}
@@ -125,11 +129,14 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	csi.RegisterIdentityServer(s.calls.server, &identity{version: s.options.Version, ready: &s.ready})
 	csi.RegisterControllerServer(s.calls.server, controllerService)
 	csi.RegisterSnapshotMetadataServer(s.calls.server, controllerService)
+	csi.RegisterGroupControllerServer(s.calls.server, controllerService)
 	csi.RegisterNodeServer(s.calls.server, nodeService)
 	serve := []part{s.calls.serve}
 	if s.peer != nil { // what a router needs, and no more
 		csi.RegisterControllerServer(s.peer.server, controllerService)
 		csi.RegisterSnapshotMetadataServer(s.peer.server, controllerService)
+		csi.RegisterGroupControllerServer(s.peer.server, controllerService)
+		peerapi.RegisterGroupsServer(s.peer.server, controller.NewGroups(set))
 		serve = append(serve, s.peer.serve)
 	}
 	if s.certificate != nil {

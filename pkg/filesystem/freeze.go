@@ -9,6 +9,21 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// Sync writes out what the filesystem that is mounted at mountpoint has in
+// memory: syncfs(2). A freeze that comes soon after holds writers back for a
+// short time only.
+func Sync(ctx context.Context, mountpoint string) error {
+	_, err := within(ctx, "sync "+mountpoint, func() (struct{}, error) {
+		fd, err := openMount(mountpoint)
+		if err != nil {
+			return struct{}{}, err
+		}
+		defer unix.Close(fd)
+		return struct{}{}, unix.Syncfs(fd)
+	}, nil)
+	return err
+}
+
 // Freeze makes the filesystem that is mounted at mountpoint consistent on its
 // device, and holds back all that would write to it until thaw is called:
 // FIFREEZE, ioctl_fsfreeze in fsfreeze(8). What can be written beforehand is,

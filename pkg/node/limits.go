@@ -3,7 +3,6 @@ package node
 import (
 	"errors"
 	"fmt"
-	"regexp"
 	"slices"
 
 	"github.com/orlop-csi/orlop/pkg/cgroup"
@@ -15,29 +14,17 @@ type Limiter interface {
 	Limit(pod string, device uint64, limits cgroup.Limits) error
 }
 
-// kubeletTarget is the paths at which the kubelet publishes volumes, with the
-// pod's UID and the name of the PersistentVolume in them: GetPath of csi_mounter.go and getPublishPath of csi_block.go
-// in k8s.io/kubernetes/pkg/volume/csi.
-var kubeletTarget = regexp.MustCompile(`/(?:pods/([^/]+)/volumes/kubernetes\.io~csi/([^/]+)/mount|kubernetes\.io/csi/volumeDevices/publish/([^/]+)/([^/]+))$`)
-
-// podOf tells the UID of the pod that a target path is for; empty if it is not a
-// path of the kubelet's. The path is as good as csi.storage.k8s.io/pod.uid of the
-// volume_context, and is in the kernel's mount table for as long as the volume is
-// published, whatever becomes of the driver.
+// podOf tells the UID of the pod that a target path is for, or nothing.
 func podOf(target string) string {
-	if match := kubeletTarget.FindStringSubmatch(target); match != nil {
-		return match[1] + match[4]
-	}
-	return ""
+	pod, _ := cgroup.Target(target)
+	return pod
 }
 
 // volumeOf tells the name of the PersistentVolume likewise. That of a volume
 // which Kubernetes had made is the one that CreateVolume was called with.
 func volumeOf(target string) string {
-	if match := kubeletTarget.FindStringSubmatch(target); match != nil {
-		return match[2] + match[3]
-	}
-	return ""
+	_, volume := cgroup.Target(target)
+	return volume
 }
 
 // limit makes the volume's limits hold for the pod that the publication is for.
@@ -107,7 +94,9 @@ func (s *Server) lift(engine pool.Engine, name string, ended, remaining []use) e
 	}
 	v.Limits = pool.Limits{}
 	for _, u := range ended {
-		same := func(r use) bool { return r.device.Number == u.device.Number && podOf(r.Path) == podOf(u.Path) }
+		same := func(r use) bool {
+			return r.device.Number == u.device.Number && podOf(r.Path) == podOf(u.Path)
+		}
 		if slices.ContainsFunc(remaining, same) {
 			continue
 		}

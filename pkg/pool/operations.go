@@ -11,7 +11,8 @@ type Operation int
 
 // The operations. Copy is a clone or a snapshot of a volume in a pool that
 // cannot reflink: it reads the volume's bytes for as long as that takes. Cut is
-// the same where blocks are shared: it is over in milliseconds and atomic.
+// the same where blocks are shared: it is over in milliseconds and atomic. Hold is
+// either for several volumes at one instant.
 const (
 	Create Operation = iota
 	Delete
@@ -19,6 +20,7 @@ const (
 	Modify    // change limits
 	Cut       // snapshot or clone by reflink
 	Copy      // snapshot or clone by copying
+	Hold      // snapshot together with other volumes
 	Stage     // attach, format, mount
 	Unstage   // unmount, detach
 	Publish   // bind to one target
@@ -28,7 +30,7 @@ const (
 )
 
 func (o Operation) String() string {
-	return [operations]string{"create", "delete", "grow", "modify", "cut", "copy", "stage", "unstage", "publish", "unpublish", "inspect"}[o]
+	return [operations]string{"create", "delete", "grow", "modify", "cut", "copy", "hold", "stage", "unstage", "publish", "unpublish", "inspect"}[o]
 }
 
 // overlap tells which operation may begin on a volume while another is in
@@ -41,6 +43,8 @@ func (o Operation) String() string {
 //     meet any node call, because the cut is atomic whatever the filesystem
 //     does; but two cuts would thaw each other's freeze. By copying it must
 //     see no writer come, so Stage and Publish wait.
+//   - Hold is a snapshot in a group: no writer may come or go while the other
+//     volumes are held, so that it waits for all node calls, and they for it.
 //   - Publish and Unpublish count the targets of a volume to keep a single
 //     writer single, so they do not overlap each other or themselves.
 //   - Modify enforces new limits wherever the volume is published, which no
@@ -51,12 +55,13 @@ var overlap = [operations][operations]bool{
 	Modify:    {Cut: true, Copy: true, Inspect: true},
 	Cut:       {Modify: true, Stage: true, Unstage: true, Publish: true, Unpublish: true, Inspect: true},
 	Copy:      {Modify: true, Copy: true, Inspect: true},
+	Hold:      {Inspect: true},
 	Stage:     {Cut: true, Inspect: true},
 	Unstage:   {Cut: true, Inspect: true},
 	Publish:   {Cut: true, Inspect: true},
 	Unpublish: {Cut: true, Inspect: true},
 	Inspect: {
-		Grow: true, Modify: true, Cut: true, Copy: true, Stage: true, Unstage: true,
+		Grow: true, Modify: true, Cut: true, Copy: true, Hold: true, Stage: true, Unstage: true,
 		Publish: true, Unpublish: true, Inspect: true,
 	},
 }

@@ -17,7 +17,7 @@ var mayOverlap = [][2]Operation{
 
 	{Modify, Cut}, {Modify, Copy}, // limits are none of the data
 
-	{Inspect, Grow}, {Inspect, Modify}, {Inspect, Cut}, {Inspect, Copy}, {Inspect, Stage}, {Inspect, Unstage},
+	{Inspect, Grow}, {Inspect, Modify}, {Inspect, Cut}, {Inspect, Copy}, {Inspect, Hold}, {Inspect, Stage}, {Inspect, Unstage},
 	{Inspect, Publish}, {Inspect, Unpublish}, {Inspect, Inspect}, // it only looks
 }
 

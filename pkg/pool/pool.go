@@ -91,6 +91,13 @@ type Engine interface {
 	// finds the one that an earlier call with the same spec cut. Mounted
 	// filesystems are frozen for the cut, and thawed whatever happens.
 	CreateSnapshot(ctx context.Context, spec SnapshotSpec) (Snapshot, error)
+	// PrepareSnapshots begins to cut several volumes at one instant: room for
+	// all snapshots is promised, and what can be done before their writers are
+	// held is done. A name that is taken is ErrExists.
+	PrepareSnapshots(ctx context.Context, specs []SnapshotSpec) (Cutting, error)
+	// Thaw lets all writers go on that a snapshot holds back, at once, for a
+	// process that ends before its calls have.
+	Thaw()
 	// DeleteSnapshot removes a snapshot. Volumes made from it are unaffected.
 	DeleteSnapshot(ctx context.Context, name string) error
 	// Snapshot finds one snapshot.
@@ -219,14 +226,16 @@ type Snapshot struct {
 	Size        int64     `json:"size"`     // of the volume when it was cut, bytes
 	Access      Access    `json:"access"`
 	Filesystem  string    `json:"filesystem,omitempty"`
-	Content     Content   `json:"content"` // of the volume when it was cut
-	Created     time.Time `json:"created"` // the instant of the cut
+	Content     Content   `json:"content"`         // of the volume when it was cut
+	Created     time.Time `json:"created"`         // the instant of the cut
+	Group       *Group    `json:"group,omitempty"` // that it was cut with
 }
 
 // SnapshotSpec asks for a snapshot.
 type SnapshotSpec struct {
 	RequestName string
 	Volume      string // name in the same pool
+	Group       *Group // to cut it with; nil is none
 }
 
 // Range is a run of a volume's or snapshot's bytes.

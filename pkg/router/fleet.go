@@ -24,6 +24,7 @@ import (
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
 
+	"github.com/orlop-csi/orlop/pkg/peerapi"
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
@@ -127,6 +128,9 @@ type member struct {
 	Node
 	csi.ControllerClient
 	csi.SnapshotMetadataClient
+
+	groupController csi.GroupControllerClient
+	groups          peerapi.GroupsClient
 }
 
 // absent is in the place of a connection to a node whose driver does not run.
@@ -156,7 +160,7 @@ func (f *fleet) list(ctx context.Context) ([]member, error) {
 		if err != nil {
 			return nil, fmt.Errorf("node %s at %s: %w", n.Segment, n.Address, err)
 		}
-		members = append(members, member{n, csi.NewControllerClient(connection), csi.NewSnapshotMetadataClient(connection)})
+		members = append(members, member{n, csi.NewControllerClient(connection), csi.NewSnapshotMetadataClient(connection), csi.NewGroupControllerClient(connection), peerapi.NewGroupsClient(connection)})
 	}
 	return members, nil
 }

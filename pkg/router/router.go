@@ -17,10 +17,11 @@ import (
 	"github.com/orlop-csi/orlop/pkg/request"
 )
 
-// Server implements csi.ControllerServer and csi.SnapshotMetadataServer by
-// forwarding.
+// Server implements csi.ControllerServer, csi.GroupControllerServer
+// and csi.SnapshotMetadataServer by forwarding.
 type Server struct {
 	csi.UnimplementedControllerServer
+	csi.UnimplementedGroupControllerServer
 	csi.UnimplementedSnapshotMetadataServer
 
 	fleet fleet

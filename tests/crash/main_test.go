@@ -213,7 +213,7 @@ func (o operation) tearDown(w *world) {
 	if w.user != nil {
 		w.must(w.user.Close())
 	}
-	for _, name := range []string{"bystander", "source", "v"} {
+	for _, name := range []string{"bystander", "source", "raw", "v"} {
 		if _, used := w.sums[name]; !used {
 			continue
 		}

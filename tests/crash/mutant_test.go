@@ -3,13 +3,13 @@
 package crash
 
 import (
-	"encoding/json"
 	"os"
 	"os/exec"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	"github.com/orlop-csi/orlop/tests/harness"
 )
 
 // mutants are drivers with one fault each: in file, which is below pkg, right is
@@ -18,9 +18,19 @@ var mutants = []struct {
 	name, file, right, wrong, operation, want string
 }{
 	{
-		"what was frozen is not thawed at the start", "pool/image/recover.go",
+		"what was frozen is not thawed at the start", "pool/image/hold.go",
 		"if err := e.thaw(volume); err != nil {", "if err := error(nil); err != nil {",
 		"CreateSnapshot, of a live volume", "frozen",
+	},
+	{
+		"a pod that was stopped does not go on at the start", "pool/image/hold.go",
+		"err = freezer.Thaw()", "err = nil",
+		"CreateVolumeGroupSnapshot, with a block volume of a pod", "the pod is frozen",
+	},
+	{
+		"what there is of a group is not removed at the start", "pool/image/cuts.go",
+		"if !strings.HasPrefix(entry.Name(), groupMark) {", "if strings.HasPrefix(entry.Name(), \"\") {",
+		"CreateVolumeGroupSnapshot, of live volumes", "h-",
 	},
 	{
 		"what was being made is not removed at the start", "pool/image/recover.go",
@@ -29,7 +39,7 @@ var mutants = []struct {
 	},
 	{
 		"a volume is made among the others", "pool/image/volume.go",
-		`staged := path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir))`, `staged := path.Join(path.Dir(dir), "new-"+path.Base(dir))`,
+		`s.at = path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir))`, `s.at = path.Join(path.Dir(dir), "new-"+path.Base(dir))`,
 		"CreateVolume, empty", "MetadataDamaged",
 	},
 	{
@@ -53,7 +63,7 @@ func TestFaultsOfTheDriverAreCaught(t *testing.T) {
 			test := "^" + regexp.QuoteMeta("TestNothingIsLostAndNothingIsLeftWhereverTheDriverIsKilled") + "$/^" +
 				regexp.QuoteMeta(strings.ReplaceAll(m.operation, " ", "_")) + "$"
 			cmd := exec.Command(os.Args[0], "-test.run", test)
-			cmd.Env = append(os.Environ(), "ORLOP_TEST_DRIVER="+mutate(t, m.file, m.right, m.wrong), "ORLOP_CRASH_EVERY=1", "ORLOP_CRASH_PATIENCE=2s")
+			cmd.Env = append(os.Environ(), "ORLOP_TEST_DRIVER="+harness.Mutate(t, m.file, m.right, m.wrong), "ORLOP_CRASH_EVERY=1", "ORLOP_CRASH_PATIENCE=2s")
 			out, err := cmd.CombinedOutput()
 			said, _, _ := strings.Cut(string(out), "log of csi-driver:")
 			if err == nil || !strings.Contains(said, m.want) {
@@ -61,37 +71,4 @@ func TestFaultsOfTheDriverAreCaught(t *testing.T) {
 			}
 		})
 	}
-}
-
-// mutate builds a driver in which one line is wrong.
-func mutate(t *testing.T, file, right, wrong string) (binary string) {
-	t.Helper()
-	path, err := filepath.Abs(filepath.Join("../../pkg", file))
-	if err != nil {
-		t.Fatal(err)
-	}
-	text, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if strings.Count(string(text), right) != 1 {
-		t.Fatalf("%s has not once %q", file, right)
-	}
-	dir := t.TempDir()
-	binary, mutant, overlay := filepath.Join(dir, "csi-driver"), filepath.Join(dir, "mutant.go"), filepath.Join(dir, "overlay.json")
-	if err := os.WriteFile(mutant, []byte(strings.Replace(string(text), right, wrong, 1)), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	replace, err := json.Marshal(map[string]map[string]string{"Replace": {path: mutant}})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(overlay, replace, 0o600); err != nil {
-		t.Fatal(err)
-	}
-	out, err := exec.Command("go", "build", "-overlay", overlay, "-o", binary, "github.com/orlop-csi/orlop/cmd/csi-driver").CombinedOutput()
-	if err != nil {
-		t.Fatalf("building the mutant: %v\n%s", err, out)
-	}
-	return binary
 }

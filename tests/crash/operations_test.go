@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"os"
+	"path"
 	"path/filepath"
 	"syscall"
 
@@ -124,6 +125,31 @@ var operations = []operation{
 			return err
 		},
 		ends: true,
+	},
+	{
+		name:    "CreateVolumeGroupSnapshot, of live volumes",
+		once:    func(w *world) { w.source("source", 64*mib, ext4) },
+		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
+		call:    groupSnapshot,
+		check: func(w *world) {
+			w.must(create(64*mib, ext4, harness.FromSnapshot(w.member("source")))(w.Context(), w))
+			w.copied("v", ext4)
+			goneV(w)
+		},
+		undo: func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
+	},
+	{
+		name: "CreateVolumeGroupSnapshot, with a block volume of a pod",
+		once: func(w *world) { w.inPod("raw") },
+		call: groupSnapshot,
+		undo: func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
+	},
+	{
+		name:    "DeleteVolumeGroupSnapshot",
+		once:    func(w *world) { w.source("source", 64*mib, ext4) },
+		prepare: func(w *world) { w.must(groupSnapshot(w.Context(), w)) },
+		call:    func(ctx context.Context, w *world) error { return w.ungroup(ctx) },
+		ends:    true,
 	},
 	{
 		name:    "ControllerExpandVolume, thin, in use",
@@ -395,6 +421,34 @@ func copyOfSnapshot(size int64, c *csi.VolumeCapability, more ...func(*csi.Creat
 
 func snapshot(ctx context.Context, w *world) error {
 	_, err := w.CreateSnapshot(ctx, &csi.CreateSnapshotRequest{Name: "cut", SourceVolumeId: w.id("source")})
+	return err
+}
+
+// grouped is the volumes that are cut together: the bystander's and the one
+// beside it.
+func (w *world) grouped() []string {
+	if w.pod != "" {
+		return []string{w.id("bystander"), w.id("raw")}
+	}
+	return []string{w.id("bystander"), w.id("source")}
+}
+
+// member is the ID of the group's snapshot of a volume.
+func (w *world) member(name string) string {
+	return w.id(pool.NameFor(pool.NewGroup("cut", nil).SnapshotName(w.id(name))))
+}
+
+func groupSnapshot(ctx context.Context, w *world) error {
+	_, err := w.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "cut", SourceVolumeIds: w.grouped()})
+	return err
+}
+
+func (w *world) ungroup(ctx context.Context) error {
+	r := &csi.DeleteVolumeGroupSnapshotRequest{GroupSnapshotId: pool.NewGroup("cut", nil).ID}
+	for _, id := range w.grouped() {
+		r.SnapshotIds = append(r.SnapshotIds, w.member(path.Base(id)))
+	}
+	_, err := w.DeleteVolumeGroupSnapshot(ctx, r)
 	return err
 }
 

@@ -186,7 +186,7 @@ func TestAMissingSyncIsCaught(t *testing.T) {
 		},
 		{
 			"the directory of the volumes", "pool/image/volume.go",
-			"	placed = true\n	return syncDir(e.root, path.Dir(dir))", "	placed = true\n	return nil", "CreateVolume",
+			"	s.placed = true\n	return noSpace(syncDir(s.engine.root, path.Dir(s.dir)))", "	s.placed = true\n	return nil", "CreateVolume",
 		},
 		{
 			"a deletion", "pool/image/trash.go",
@@ -195,7 +195,7 @@ func TestAMissingSyncIsCaught(t *testing.T) {
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			cmd := exec.Command(os.Args[0], "-test.run", "^TestWhatWasAnsweredOutlivesAPowerFailure$/^"+strings.ReplaceAll(m.operation, " ", "_")+"$")
-			cmd.Env = append(os.Environ(), "ORLOP_TEST_DRIVER="+mutate(t, m.file, m.right, m.wrong))
+			cmd.Env = append(os.Environ(), "ORLOP_TEST_DRIVER="+harness.Mutate(t, m.file, m.right, m.wrong))
 			if out, err := cmd.CombinedOutput(); err == nil {
 				t.Errorf("nobody minds:\n%s", out)
 			}

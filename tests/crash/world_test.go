@@ -53,6 +53,7 @@ type world struct {
 	live  map[string]*writer
 	user  *os.File // has a device open
 	floor int64    // records of the live source that the call must find
+	pod   string   // the cgroup of a pod that has the volume "raw", if there is one
 
 	patience time.Duration
 }
@@ -278,6 +279,7 @@ func (w *world) look() seen {
 	for _, h := range health.GetBackendHealth() {
 		s.problem(fmt.Errorf("health: %v", h))
 	}
+	s.problem(w.podGoesOn())
 	for name, live := range w.live {
 		s.problem(live.progress(w.patience))
 		if longest := time.Duration(live.longest.Load()); longest > w.patience {

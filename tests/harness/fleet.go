@@ -32,16 +32,23 @@ type Fleet struct {
 // on, and a router for them all.
 func StartFleet(t testing.TB, configs ...string) *Fleet {
 	t.Helper()
+	return StartFleetOf(t, Binary(t), configs...)
+}
+
+// StartFleetOf is StartFleet with another csi-driver.
+func StartFleetOf(t testing.TB, binary string, configs ...string) *Fleet {
+	t.Helper()
 	f := &Fleet{Authority: NewAuthority(t)}
 	for i, config := range configs {
 		n := New(t, config)
+		n.Binary = binary
 		n.Node = fmt.Sprintf("node-%d", i+1)
 		f.addresses = append(f.addresses, servePeer(n, f.Authority))
 		n.Start()
 		f.Nodes = append(f.Nodes, n)
 	}
 	f.Driver = New(t, "")
-	f.Mode = "controller"
+	f.Binary, f.Mode = binary, "controller"
 	f.Authority.Issue(filepath.Join(f.Dir, "tls"), peer.Controller(), time.Now().Add(time.Hour))
 	f.Route(f.Nodes...)
 	return f

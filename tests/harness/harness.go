@@ -40,6 +40,7 @@ type Driver struct {
 	csi.IdentityClient
 	csi.ControllerClient
 	csi.SnapshotMetadataClient
+	csi.GroupControllerClient
 	csi.NodeClient
 
 	Dir    string // everything of this driver is in it
@@ -48,11 +49,11 @@ type Driver struct {
 	Args   []string // more arguments
 	Mode   string   // the driver's command; standalone unless changed
 	Node   string   // its name; NodeID unless changed
+	Binary string   // csi-driver
 
 	t       testing.TB
 	base    []string // arguments that a test does not see
 	router  *Driver  // in front of it; nil if it stands alone
-	binary  string
 	process *exec.Cmd
 	log     *lockedBuffer
 	conn    *grpc.ClientConn
@@ -138,7 +139,7 @@ func prepare(t testing.TB, config string) *Driver {
 		Mode:   "standalone",
 		Node:   NodeID,
 		t:      t,
-		binary: Binary(t),
+		Binary: Binary(t),
 		log:    &lockedBuffer{},
 	}
 	for _, sub := range []string{"state", "staging", "targets"} {
@@ -194,7 +195,7 @@ func (d *Driver) Command() *exec.Cmd {
 		args = append(args, "--node-id", d.Node, "--config", d.Config, "--state-dir", filepath.Join(d.Dir, "state"))
 	}
 	args = append(append(args, d.base...), d.Args...)
-	cmd := exec.Command(d.binary, args...)
+	cmd := exec.Command(d.Binary, args...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	// The race detector lets a process linger for a second when it ends.
 	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
@@ -222,6 +223,7 @@ func (d *Driver) Launch(start func(*exec.Cmd) error) {
 		d.t.Fatal(err)
 	}
 	d.conn = conn
+	d.GroupControllerClient = csi.NewGroupControllerClient(conn)
 	d.IdentityClient, d.ControllerClient, d.NodeClient = csi.NewIdentityClient(conn), csi.NewControllerClient(conn), csi.NewNodeClient(conn)
 	d.SnapshotMetadataClient = csi.NewSnapshotMetadataClient(conn)
 	if d.router != nil {
@@ -229,6 +231,7 @@ func (d *Driver) Launch(start func(*exec.Cmd) error) {
 			d.router.Start()
 		}
 		d.ControllerClient, d.SnapshotMetadataClient = d.router.ControllerClient, d.router.SnapshotMetadataClient
+		d.GroupControllerClient = d.router.GroupControllerClient
 	}
 }
 

@@ -32,7 +32,13 @@ import (
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
-func TestMain(m *testing.M) { harness.Main(m) }
+func TestMain(m *testing.M) {
+	if arguments := os.Getenv(groupCounterVariable); arguments != "" {
+		fmt.Fprintln(os.Stderr, groupRunCounter(arguments))
+		os.Exit(1)
+	}
+	harness.Main(m)
+}
 
 const (
 	ctlMiB = int64(1) << 20

@@ -6,6 +6,7 @@ import (
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
+	groupsnapshotv1 "github.com/kubernetes-csi/external-snapshotter/client/v8/apis/volumegroupsnapshot/v1"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -62,6 +63,21 @@ func TestWithoutSnapshotsIsTheChartWithoutThem(t *testing.T) {
 	}
 	if all["VolumeSnapshotClass/orlop"] != nil {
 		t.Error("the class is there")
+	}
+}
+
+// TestGroupSnapshotsAreAsOfTheChart: the overlay adds the class that the chart
+// makes.
+func TestGroupSnapshotsAreAsOfTheChart(t *testing.T) {
+	const name = "VolumeGroupSnapshotClass/orlop"
+	all := kustomizeObjects(t, filepath.Join(kubernetes, "overlays/group-snapshots"))
+	chart := chartObjects(t, parseValues(t, "snapshots: {groups: {enabled: true}}"))
+	want, got := get[*groupsnapshotv1.VolumeGroupSnapshotClass](t, chart, name), get[*groupsnapshotv1.VolumeGroupSnapshotClass](t, all, name)
+	if want.Driver != got.Driver || want.DeletionPolicy != got.DeletionPolicy {
+		t.Errorf("chart %v and kustomize %v differ", want, got)
+	}
+	if chartObjects(t, parseValues(t, "{}"))[name] != nil || chartObjects(t, parseValues(t, "snapshots: {enabled: false, groups: {enabled: true}}"))[name] != nil {
+		t.Error("the class is there without its CRDs having been promised")
 	}
 }
 

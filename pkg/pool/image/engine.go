@@ -105,6 +105,7 @@ type Engine struct {
 	ledger   *ledger
 	sample   sample
 	trash    trash
+	holds    holds
 
 	mu               sync.Mutex // guards what follows; never held across I/O
 	volumes          catalog[pool.Volume]
@@ -302,6 +303,7 @@ func (e *Engine) Info() pool.Info { return e.info }
 // Close implements [pool.Engine]. A filesystem that was mounted for the pool is
 // unmounted unless a volume is still attached.
 func (e *Engine) Close() error {
+	e.Thaw()
 	e.trash.stop()
 	return e.release()
 }

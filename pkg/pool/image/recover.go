@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"os"
 	"path"
-	"strings"
 	"sync"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
@@ -25,11 +24,12 @@ func (e *Engine) recover(ctx context.Context) error {
 		return err
 	}
 	for _, entry := range entries { // first of all: somebody's writes hang
-		if volume, ok := strings.CutPrefix(entry.Name(), freezeMark); ok {
-			if err := e.thaw(volume); err != nil {
-				return fmt.Errorf("thawing volume %s, which a snapshot had frozen: %w", volume, err)
-			}
+		if err := e.letGo(entry.Name()); err != nil {
+			return err
 		}
+	}
+	if err := e.rollBack(entries); err != nil {
+		return err
 	}
 	for _, entry := range entries {
 		at := path.Join(stagingDir, entry.Name())

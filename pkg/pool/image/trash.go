@@ -97,6 +97,16 @@ func (e *Engine) discard(dir string) error {
 	return syncErr
 }
 
+// takeBack moves a directory of the pool into the trash, at a start of the driver
+// that is yet to look there. One that is not there never was, or is gone.
+func (e *Engine) takeBack(dir string) error {
+	name := path.Base(dir) + "." + strings.ToLower(rand.Text()[:8])
+	if err := e.root.Rename(dir, path.Join(trashDir, name)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	return syncDir(e.root, path.Dir(dir))
+}
+
 // throw hands an entry of .trash to the worker. Its space stays promised until
 // it is free again.
 func (e *Engine) throw(entry trashEntry) {

@@ -199,50 +199,82 @@ func noSpace(err error) error {
 // metadata that fill returns: in .staging first, all of it brought to stable
 // storage, then renamed to dir. If it fails, nothing is left.
 func (e *Engine) make(dir, metadata string, fill func(data *os.File) (any, error)) (err error) {
-	staged := path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir))
-	if err := e.remove(staged); err != nil {
-		return fmt.Errorf("removing what an earlier try left: %w", err)
+	s, err := e.stage(dir)
+	if err != nil {
+		return err
 	}
-	if err := e.root.Mkdir(staged, 0o700); err != nil {
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, s.undo())
+		}
+		s.data.Close()
+	}()
+	record, err := fill(s.data)
+	if err != nil {
 		return noSpace(err)
 	}
-	placed := false
-	defer func() {
-		if err == nil {
-			return
-		}
-		err = noSpace(err)
-		if placed {
-			err = errors.Join(err, e.root.Rename(dir, staged))
-		}
-		err = errors.Join(err, e.remove(staged))
-	}()
-	data, err := e.root.OpenFile(path.Join(staged, dataFile), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
-	if err != nil {
+	if err := s.complete(metadata, record); err != nil {
 		return err
 	}
-	defer data.Close()
-	if err := extent.Prepare(data, extentHint); err != nil {
-		return err
+	return s.place()
+}
+
+// staged is a directory of the pool that is being made.
+type staged struct {
+	engine *Engine
+	dir    string // where it belongs
+	at     string // where it is made
+	placed bool
+	data   *os.File // the image
+}
+
+// stage begins to make a directory of the pool, with an empty image.
+func (e *Engine) stage(dir string) (_ *staged, err error) {
+	s := &staged{engine: e, dir: dir}
+	s.at = path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir))
+	if err := e.remove(s.at); err != nil {
+		return nil, fmt.Errorf("removing what an earlier try left: %w", err)
 	}
-	record, err := fill(data)
-	if err != nil {
-		return err
+	if err := e.root.Mkdir(s.at, 0o700); err != nil {
+		return nil, noSpace(err)
 	}
-	if err := writeMetadata(e.root, path.Join(staged, metadata), record); err != nil {
-		return err
+	if s.data, err = e.root.OpenFile(path.Join(s.at, dataFile), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
+		return nil, errors.Join(noSpace(err), s.undo())
 	}
-	if err := data.Sync(); err != nil {
-		return err
+	if err := extent.Prepare(s.data, extentHint); err != nil {
+		s.data.Close()
+		return nil, errors.Join(noSpace(err), s.undo())
 	}
-	if err := syncDir(e.root, staged); err != nil {
-		return err
+	return s, nil
+}
+
+// complete brings the image and its metadata to stable storage.
+func (s *staged) complete(metadata string, record any) error {
+	if err := writeMetadata(s.engine.root, path.Join(s.at, metadata), record); err != nil {
+		return noSpace(err)
 	}
-	if err := e.root.Rename(staged, dir); err != nil {
-		return err
+	if err := s.data.Sync(); err != nil {
+		return noSpace(err)
 	}
-	placed = true
-	return syncDir(e.root, path.Dir(dir))
+	return noSpace(syncDir(s.engine.root, s.at))
+}
+
+// place gives what is complete its place in the pool.
+func (s *staged) place() error {
+	if err := s.engine.root.Rename(s.at, s.dir); err != nil {
+		return noSpace(err)
+	}
+	s.placed = true
+	return noSpace(syncDir(s.engine.root, path.Dir(s.dir)))
+}
+
+// undo removes all of it again.
+func (s *staged) undo() error {
+	var err error
+	if s.placed {
+		err = s.engine.root.Rename(s.dir, s.at)
+	}
+	return errors.Join(err, s.engine.remove(s.at))
 }
 
 // open opens an image of the pool.

@@ -1,4 +1,4 @@
-package node
+package cgroup
 
 import "testing"
 
@@ -17,11 +17,12 @@ func TestAPodIsToldByTheKubeletsPaths(t *testing.T) {
 		"/srv/mount": "",
 		"mount":      "",
 	} {
-		if got := volumeOf(target); want != "" && got != "pvc-1" && got != "v" || want == "" && got != "" {
-			t.Errorf("volumeOf(%s) = %q", target, got)
+		pod, volume := Target(target)
+		if want != "" && volume != "pvc-1" && volume != "v" || want == "" && volume != "" {
+			t.Errorf("Target(%s) = %q, %q", target, pod, volume)
 		}
-		if got := podOf(target); got != want {
-			t.Errorf("podOf(%s) = %q, want %q", target, got, want)
+		if pod != want {
+			t.Errorf("Target(%s) = %q, want %q", target, pod, want)
 		}
 	}
 }

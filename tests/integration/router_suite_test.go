@@ -123,6 +123,24 @@ var behindRouter = []func(*testing.T){
 // byItself is the tests for which a router makes no difference, or that have one
 // themselves, by the reason.
 var byItself = map[string][]string{
+	"it is of groups, which have tests of their own on one node and through a router": {
+		"TestGroupAcrossNodesFailsAsAWhole",
+		"TestGroupAcrossNodesShowsNoWriteWithoutTheEarlierOnes",
+		"TestGroupIsDeletedAsAWholeOnly",
+		"TestGroupIsLetGoWhenTheDriverEnds",
+		"TestGroupIsMadeOnceAndHasASnapshotOfEachVolume",
+		"TestGroupIsRestored",
+		"TestGroupIsUndoneWhen",
+		"TestGroupOfABlockVolumeThatIsWrittenOutsideOfPodsIsRefused",
+		"TestGroupOfVolumesOfSeveralPoolsOfANode",
+		"TestGroupOfVolumesThatAreInFlightIsAborted",
+		"TestGroupOnOneNodeShowsNoWriteWithoutTheEarlierOnes",
+		"TestGroupThatCannotBeWholeIsNotMade",
+		"TestGroupThatHasNoRoomIsNotMade",
+		"TestGroupThatHoldsNoWriterIsCaught",
+		"TestGroupThatIsHeldTooLongIsLetGoAndFails",
+		"TestGroupThatLostASnapshotSaysSo",
+	},
 	"it is of the start of one node: no router has a part in it": {
 		"TestABadConfigurationStopsTheStart",
 		"TestABlankDeviceInThePlaceOfAPoolIsNotFormatted",

@@ -14,6 +14,9 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
 	"syscall"
 )
 
@@ -42,11 +45,40 @@ func main() {
 	}
 }
 
+// letGo unmounts what is mounted of loop devices: it is somebody else's on the
+// machine, and a copy of such a mount would keep the device in use after its
+// owner has unmounted it.
+func letGo() error {
+	const path, separator = 4, "-" // of the fields of a line; see proc_pid_mountinfo(5)
+	table, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	for _, line := range slices.Backward(strings.Split(strings.TrimSpace(string(table)), "\n")) {
+		fields := strings.Fields(line)
+		i := slices.Index(fields, separator)
+		if i < 0 || i+2 >= len(fields) || !strings.HasPrefix(fields[i+2], "/dev/loop") || fields[path] == "/" {
+			continue
+		}
+		at, err := strconv.Unquote(`"` + strings.ReplaceAll(fields[path], `"`, `\"`) + `"`) // octal escapes
+		if err != nil {
+			return fmt.Errorf("mount table: %w in %q", err, line)
+		}
+		if err := syscall.Unmount(at, syscall.MNT_DETACH); err != nil && !errors.Is(err, syscall.EINVAL) && !errors.Is(err, syscall.ENOENT) {
+			return fmt.Errorf("unmount %s: %w", at, err)
+		}
+	}
+	return nil
+}
+
 // become sets up the namespaces. What a node changes of the machine's files goes
 // to the directory.
 func become(name, directory string) error {
 	if err := syscall.Sethostname([]byte(name)); err != nil {
 		return fmt.Errorf("set hostname: %w", err)
+	}
+	if err := letGo(); err != nil {
+		return err
 	}
 	if err := mount("proc", "/proc", "proc", syscall.MS_NOSUID|syscall.MS_NODEV|syscall.MS_NOEXEC); err != nil {
 		return err

@@ -50,8 +50,7 @@ func groupHold(t *testing.T, last peerapi.Phase) *groupHeld {
 	h.counter = groupStart(t, container, members)
 	own, err := peer.Load(filepath.Join(f.Dir, "tls"))
 	dataMust(t, err)
-	address := h.node.Args[slices.Index(h.node.Args, "--peer-address")+1]
-	h.conn, err = grpc.NewClient(address, grpc.WithTransportCredentials(credentials.NewTLS(own.Client(h.node.Node))))
+	h.conn, err = grpc.NewClient(f.Address(0), grpc.WithTransportCredentials(credentials.NewTLS(own.Client(h.node.Node))))
 	dataMust(t, err)
 	t.Cleanup(func() { h.conn.Close() })
 	h.stream, err = peerapi.NewGroupsClient(h.conn).Cut(context.Background())

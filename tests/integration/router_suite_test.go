@@ -118,29 +118,16 @@ var behindRouter = []func(*testing.T){
 
 	TestBadLimitsChangeNothing,
 	TestLimitsArePartOfThePublication,
+
+	TestGroupIsRestored,
+	TestGroupOfVolumesOfSeveralPoolsOfANode,
+	TestGroupOfVolumesThatAreInFlightIsAborted,
+	TestGroupOnOneNodeShowsNoWriteWithoutTheEarlierOnes,
 }
 
 // byItself is the tests for which a router makes no difference, or that have one
 // themselves, by the reason.
 var byItself = map[string][]string{
-	"it is of groups, which have tests of their own on one node and through a router": {
-		"TestGroupAcrossNodesFailsAsAWhole",
-		"TestGroupAcrossNodesShowsNoWriteWithoutTheEarlierOnes",
-		"TestGroupIsDeletedAsAWholeOnly",
-		"TestGroupIsLetGoWhenTheDriverEnds",
-		"TestGroupIsMadeOnceAndHasASnapshotOfEachVolume",
-		"TestGroupIsRestored",
-		"TestGroupIsUndoneWhen",
-		"TestGroupOfABlockVolumeThatIsWrittenOutsideOfPodsIsRefused",
-		"TestGroupOfVolumesOfSeveralPoolsOfANode",
-		"TestGroupOfVolumesThatAreInFlightIsAborted",
-		"TestGroupOnOneNodeShowsNoWriteWithoutTheEarlierOnes",
-		"TestGroupThatCannotBeWholeIsNotMade",
-		"TestGroupThatHasNoRoomIsNotMade",
-		"TestGroupThatHoldsNoWriterIsCaught",
-		"TestGroupThatIsHeldTooLongIsLetGoAndFails",
-		"TestGroupThatLostASnapshotSaysSo",
-	},
 	"it is of the start of one node: no router has a part in it": {
 		"TestABadConfigurationStopsTheStart",
 		"TestABlankDeviceInThePlaceOfAPoolIsNotFormatted",
@@ -180,6 +167,18 @@ var byItself = map[string][]string{
 		"TestADriverThatTheKubeletRefusesIsNotHealthy",
 		"TestANodeServesTheRouterAndNobodyElse",
 		"TestChangedBlocksHoldTheirSnapshots",
+		"TestGroupAcrossNodesFailsAsAWhole",
+		"TestGroupAcrossNodesShowsNoWriteWithoutTheEarlierOnes",
+		"TestGroupIsDeletedAsAWholeOnly",
+		"TestGroupIsLetGoWhenTheDriverEnds",
+		"TestGroupIsMadeOnceAndHasASnapshotOfEachVolume",
+		"TestGroupIsUndoneWhen",
+		"TestGroupOfABlockVolumeThatIsWrittenOutsideOfPodsIsRefused",
+		"TestGroupThatCannotBeWholeIsNotMade",
+		"TestGroupThatHasNoRoomIsNotMade",
+		"TestGroupThatHoldsNoWriterIsCaught",
+		"TestGroupThatIsHeldTooLongIsLetGoAndFails",
+		"TestGroupThatLostASnapshotSaysSo",
 		"TestLimitsAreChangedThroughTheRouter",
 		"TestRouterForwardsChangedBlocks",
 		"TestTheDriverRegistersAgain",

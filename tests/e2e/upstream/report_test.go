@@ -22,7 +22,9 @@ func suite(outcomes map[string]string) []spec {
 
 // excluded has a spec for each exclusion.
 var excluded = map[string]string{
-	"kubelet [Disruptive]": skipped, "mounts [Feature:SELinux]": skipped,
+	"provisions with any volume data source":                              skipped,
+	"kubelet [Disruptive]":                                                skipped,
+	"mounts [Feature:SELinux]":                                            skipped,
 	"volume-modify-stress changes with a different volumeAttributesClass": skipped,
 }
 

@@ -49,6 +49,7 @@ type exclusion struct {
 var exclusions = []exclusion{
 	{regexp.MustCompile(`\[Disruptive\]`), "stops and starts kubelets with systemctl, over SSH; tests/e2e does so in its own way"},
 	{regexp.MustCompile(`\[Feature:SELinux\]`), "needs a kernel with SELinux"},
+	{regexp.MustCompile(`with any volume data source`), "runs a volume populator and its controller from images that cannot be made here"},
 	{
 		regexp.MustCompile(`volume-modify-stress .*with a different volumeAttributesClass`),
 		"changes claims that no pod has used yet, which are bound only if the StorageClass binds them immediately; Orlop's do not",

@@ -6,6 +6,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/orlop-csi/orlop/pkg/driver"
+	"github.com/orlop-csi/orlop/pkg/transfer"
 )
 
 const nodeLong = `Serves every CSI service for the pools of this machine on one unix socket, as
@@ -13,6 +14,10 @@ standalone does, and the Controller service on a TCP port to the router (see
 csi-driver controller). Router and node show each other certificates of one
 authority, and each checks that the other is who it should be; there is no way
 to turn that off.
+
+A volume that is made of a snapshot or a volume of another node is copied from
+there, over the same port: the router gives a ticket for one snapshot and a short
+time. A copy that is cut off goes on where it was.
 
 With --kubernetes, this node's key is made here and kept in the state directory,
 and its certificate is asked for, and renewed in time, through the API server,
@@ -51,6 +56,10 @@ func newNode() *cobra.Command {
 	nodeFlags(c, &o)
 	c.Flags().StringVar(&o.PeerAddress, "peer-address", ":9810",
 		"`host:port` at which the router, and nobody else, can call this node")
+	c.Flags().Var(&bytesPerSecond{&o.CopyBandwidth}, "copy-bandwidth",
+		"bound of what copies from other nodes to this one take together, in `bytes` per second, such as 200Mi; 0 is none")
+	c.Flags().DurationVar(&o.CopyAbandon, "copy-abandon-after", transfer.DefaultAbandon,
+		"`time` after which a copy from another node is dropped that nobody asks for any more, and a snapshot that was cut to be copied")
 	tlsFlag(c, &o.TLSDir, "orlop://node/NAME")
 	clusterFlags(c, &o.Kubernetes, &o.Kubeconfig,
 		"get the certificate for the router from it, through the API server; --node-id is the name of the Node object")

@@ -14,6 +14,7 @@ import (
 
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/request"
+	"github.com/orlop-csi/orlop/pkg/transfer"
 )
 
 // capabilities is what the service can do (CSI spec v1.13.0,
@@ -43,6 +44,7 @@ type Server struct {
 	csi.UnimplementedSnapshotMetadataServer
 
 	pools   *pool.Set
+	copies  *transfer.Copies
 	node    Node
 	segment string // the node's topology segment
 
@@ -62,13 +64,15 @@ type Node interface {
 }
 
 // New makes the service. Close must be called before the pools are closed.
-func New(pools *pool.Set, node Node) (*Server, error) {
+// The copies are this server's alone.
+func New(pools *pool.Set, node Node, copies *transfer.Copies) (*Server, error) {
 	segment, err := pool.NodeSegment(pools.Node())
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{pools: pools, node: node, segment: segment}
+	s := &Server{pools: pools, node: node, copies: copies, segment: segment}
 	s.alive, s.close = context.WithCancel(context.Background())
+	s.work.Go(s.sweepCopies)
 	return s, nil
 }
 

@@ -26,14 +26,18 @@ func (s *Server) CreateSnapshot(ctx context.Context, r *csi.CreateSnapshotReques
 		return nil, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements do not allow node %s, where the volume is", s.segment)
 	}
 	existingOnly := request.ExistingOnly(ctx)
+	wanted := pool.SnapshotSpec{RequestName: r.GetName(), ForCopy: request.ForCopy(ctx)}
 	name := pool.NameFor(r.GetName())
+	if wanted.ForCopy {
+		s.copies.Use(name)
+	}
 	end, err := s.pools.BeginSnapshot(name, pool.Create)
 	if err != nil {
 		return nil, err
 	}
 	snapshot, err := finish(ctx, s, func(ctx context.Context) (pool.Snapshot, error) {
 		defer end()
-		return s.snap(ctx, r.GetName(), r.GetSourceVolumeId(), existingOnly)
+		return s.snap(ctx, r.GetSourceVolumeId(), existingOnly, wanted)
 	})
 	if err != nil {
 		return nil, err
@@ -58,11 +62,12 @@ func (s *Server) alreadyKnown(t *csi.TopologyRequirement) bool {
 	return len(t.GetRequisite()) > 0
 }
 
-// snap finds the snapshot of that name, or makes it unless existingOnly.
-func (s *Server) snap(ctx context.Context, requestName, volumeID string, existingOnly bool) (pool.Snapshot, error) {
-	_, existing, err := s.pools.SnapshotNamed(requestName)
+// snap finds the snapshot that is wanted of a volume, or makes it unless
+// existingOnly.
+func (s *Server) snap(ctx context.Context, volumeID string, existingOnly bool, wanted pool.SnapshotSpec) (pool.Snapshot, error) {
+	_, existing, err := s.pools.SnapshotNamed(wanted.RequestName)
 	switch {
-	case err == nil && (existing.SourceID != volumeID || existing.RequestName != requestName || existing.Group != nil):
+	case err == nil && (existing.SourceID != volumeID || existing.RequestName != wanted.RequestName || existing.Group != nil || existing.ForCopy != wanted.ForCopy):
 		return pool.Snapshot{}, pool.Errorf(pool.ErrExists, "snapshot %s exists, of volume %s", existing.ID, existing.SourceID)
 	case err == nil || existingOnly || !errors.Is(err, pool.ErrNotFound):
 		return existing, err
@@ -72,7 +77,8 @@ func (s *Server) snap(ctx context.Context, requestName, volumeID string, existin
 		return pool.Snapshot{}, err
 	}
 	defer release()
-	return engine.CreateSnapshot(ctx, pool.SnapshotSpec{RequestName: requestName, Volume: v.Name})
+	wanted.Volume = v.Name
+	return engine.CreateSnapshot(ctx, wanted)
 }
 
 // DeleteSnapshot implements csi.ControllerServer.
@@ -80,28 +86,36 @@ func (s *Server) DeleteSnapshot(ctx context.Context, r *csi.DeleteSnapshotReques
 	if err := request.Required("snapshot_id", r.GetSnapshotId()); err != nil {
 		return nil, err
 	}
-	end, err := s.holdSnapshot(r.GetSnapshotId(), pool.Delete)
-	if errors.Is(err, pool.ErrNotFound) {
-		return &csi.DeleteSnapshotResponse{}, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	defer end()
-	engine, snapshot, err := s.pools.Snapshot(r.GetSnapshotId())
-	if errors.Is(err, pool.ErrNotFound) {
-		return &csi.DeleteSnapshotResponse{}, nil
-	}
-	if err != nil {
-		return nil, err
-	}
-	if snapshot.Group != nil {
-		return nil, pool.Errorf(pool.ErrInvalid, "snapshot %s is part of group snapshot %s, with which alone it can be deleted", snapshot.ID, snapshot.Group.ID)
-	}
-	if err := engine.DeleteSnapshot(ctx, snapshot.Name); err != nil {
+	if err := s.deleteSnapshot(ctx, r.GetSnapshotId()); err != nil {
 		return nil, err
 	}
 	return &csi.DeleteSnapshotResponse{}, nil
+}
+
+// deleteSnapshot removes the snapshot with that ID, if it is there.
+func (s *Server) deleteSnapshot(ctx context.Context, id string) error {
+	end, err := s.holdSnapshot(id, pool.Delete)
+	if errors.Is(err, pool.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	defer end()
+	engine, snapshot, err := s.pools.Snapshot(id)
+	if errors.Is(err, pool.ErrNotFound) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if snapshot.Group != nil {
+		return pool.Errorf(pool.ErrInvalid, "snapshot %s is part of group snapshot %s, with which alone it can be deleted", snapshot.ID, snapshot.Group.ID)
+	}
+	if err := engine.DeleteSnapshot(ctx, snapshot.Name); err != nil {
+		return err
+	}
+	return nil
 }
 
 // holdSnapshot enters an operation on the snapshot with that ID.
@@ -142,7 +156,7 @@ func (s *Server) ListSnapshots(_ context.Context, r *csi.ListSnapshotsRequest) (
 		return &csi.ListSnapshotsResponse{Entries: []*csi.ListSnapshotsResponse_Entry{{Snapshot: s.snapshot(snapshot)}}}, nil
 	}
 	page, next, err := s.pools.Snapshots(r.GetStartingToken(), most, func(snapshot pool.Snapshot) bool {
-		return ofVolume(snapshot, r.GetSourceVolumeId())
+		return ofVolume(snapshot, r.GetSourceVolumeId()) && !snapshot.ForCopy
 	})
 	if err != nil {
 		return nil, err

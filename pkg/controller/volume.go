@@ -1,6 +1,7 @@
 package controller
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"strings"
@@ -45,22 +46,18 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 	}
 
 	existingOnly := request.ExistingOnly(ctx)
-	end, err := s.pools.BeginNamed(r.GetName(), pool.Create)
+	order, err := request.CopyOrder(ctx)
 	if err != nil {
 		return nil, err
 	}
-	v, err := finish(ctx, s, func(ctx context.Context) (pool.Volume, error) {
-		defer end()
-		engine, fallback, release, err := s.place(r.GetName(), parameters.Pool, source, existingOnly)
-		if err != nil {
-			return pool.Volume{}, err
-		}
-		defer release()
+	end, err := s.pools.BeginNamed(r.GetName(), pool.Create)
+	if err != nil {
+		return nil, cmp.Or(s.copies.Ask(r.GetName(), order), err)
+	}
+	// spec is what is wanted, by the size that it has if none is asked for.
+	spec := func(fallback int64) (pool.VolumeSpec, error) {
 		size, limit, err := request.Size(r.GetCapacityRange(), request.Smallest(capability.Access, fsType), fallback)
-		if err != nil {
-			return pool.Volume{}, err
-		}
-		return engine.CreateVolume(ctx, pool.VolumeSpec{
+		return pool.VolumeSpec{
 			RequestName:  r.GetName(),
 			Size:         size,
 			MaxSize:      limit,
@@ -70,7 +67,23 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 			MkfsOptions:  strings.Join(mkfs, " "),
 			Source:       source,
 			Limits:       limits,
-		})
+		}, err
+	}
+	v, err := finish(ctx, s, func(ctx context.Context) (pool.Volume, error) {
+		defer end()
+		if from := s.elsewhere(r.GetName(), parameters.Pool, source, order); from != nil && !existingOnly {
+			return s.copyVolume(ctx, r.GetName(), parameters.Pool, from, spec)
+		}
+		engine, fallback, release, err := s.place(r.GetName(), parameters.Pool, source, existingOnly)
+		if err != nil {
+			return pool.Volume{}, err
+		}
+		defer release()
+		wanted, err := spec(fallback)
+		if err != nil {
+			return pool.Volume{}, err
+		}
+		return engine.CreateVolume(ctx, wanted)
 	})
 	if err != nil {
 		return nil, err
@@ -79,7 +92,8 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 }
 
 // place finds the pool for a new volume: the one that has a volume of that name
-// already, else that of its source, else the one that the parameters name. The
+// already, else that of its source, else the one that the parameters name. (A
+// source in another pool than that is copied; see elsewhere.) The
 // source is held against deletion until release. fallback is the size of the
 // volume if none is asked for. With existingOnly, a volume of that name must be
 // there.
@@ -111,9 +125,6 @@ func (s *Server) place(requestName, poolName string, source pool.Source, existin
 	default:
 		engine, err = s.pools.Engine(poolName)
 		return engine, request.DefaultSize, release, err
-	}
-	if err == nil && poolName != "" && engine.Info().Name != poolName {
-		err = pool.Errorf(pool.ErrInvalid, "the source is in pool %s and parameter pool says %s: a volume is made in the pool of its source", engine.Info().Name, poolName)
 	}
 	if err != nil {
 		release()
@@ -243,6 +254,11 @@ func (s *Server) ControllerGetVolume(ctx context.Context, r *csi.ControllerGetVo
 		request.TellHoldsPool(ctx)
 	}
 	_, v, err := s.pools.Volume(r.GetVolumeId())
+	if errors.Is(err, pool.ErrNotFound) {
+		if id, parseErr := pool.ParseID(r.GetVolumeId()); parseErr == nil {
+			err = cmp.Or(s.copies.Progress(id.Name), err)
+		}
+	}
 	if err != nil {
 		return nil, err
 	}

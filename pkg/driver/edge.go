@@ -68,11 +68,16 @@ var subjects = []struct {
 type edge struct {
 	metrics  *callMetrics
 	inFlight atomic.Int64
+	// guard refuses callers; nil refuses none.
+	guard func(ctx context.Context, method string) error
 }
 
 func (e *edge) unary(ctx context.Context, request any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (response any, err error) {
 	c := e.begin(info.FullMethod)
 	defer func() { err = c.end(recover(), err) }()
+	if err := e.admit(ctx, c); err != nil {
+		return nil, err
+	}
 	if err := c.receive(request); err != nil {
 		return nil, err
 	}
@@ -82,7 +87,17 @@ func (e *edge) unary(ctx context.Context, request any, info *grpc.UnaryServerInf
 func (e *edge) stream(service any, stream grpc.ServerStream, info *grpc.StreamServerInfo, handler grpc.StreamHandler) (err error) {
 	c := e.begin(info.FullMethod)
 	defer func() { err = c.end(recover(), err) }()
+	if err := e.admit(stream.Context(), c); err != nil {
+		return err
+	}
 	return handler(service, &checkedStream{stream, c})
+}
+
+func (e *edge) admit(ctx context.Context, c *call) error {
+	if e.guard == nil {
+		return nil
+	}
+	return e.guard(ctx, c.method)
 }
 
 // checkedStream is a stream whose incoming messages pass the edge.

@@ -108,7 +108,7 @@ func Metrics() []Metric {
 	for _, m := range poolMetrics {
 		all = append(all, m.Metric)
 	}
-	return append(all, unhealthyMetric, conditionMetric, certificateMetric, registeredMetric, nodesMetric, orphansMetric, buildMetric)
+	return append(all, unhealthyMetric, conditionMetric, certificateMetric, registeredMetric, nodesMetric, orphansMetric, copiesMetric, copiedMetric, buildMetric)
 }
 
 // gaugeOf makes a gauge without labels that is read at each scrape.

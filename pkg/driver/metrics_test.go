@@ -18,6 +18,7 @@ import (
 	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/router"
+	"github.com/orlop-csi/orlop/pkg/transfer"
 )
 
 // fixedPool is a pool in a state that a test chose.
@@ -176,6 +177,7 @@ func TestEveryMetricIsDocumentedAndEveryDocumentedOneIsServed(t *testing.T) {
 	}))
 	registry.MustRegister(certificateExpiry(peer.New(func() (peer.Keys, error) { return peer.Keys{}, nil })), registered(&kubelet.Registration{}))
 	registry.MustRegister(nodesCollector{router.Static{}})
+	registry.MustRegister(copyCollectors(transfer.New(transfer.Options{}))...)
 	orphans := &orphanCollector{}
 	orphans.observe(router.Report{Nodes: []string{"node-1"}, Kinds: []router.Kind{router.KindVolume}}, nil)
 	registry.MustRegister(orphans)

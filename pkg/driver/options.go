@@ -31,6 +31,12 @@ type Options struct {
 	// PeerAddress is the TCP address at which the router calls this node; none
 	// is that there is no router.
 	PeerAddress string
+	// CopyBandwidth bounds what copies from other nodes take together, in
+	// bytes per second; 0 is no bound.
+	CopyBandwidth int64
+	// CopyAbandon is how long a copy goes on, and what it has brought is kept,
+	// while nobody asks for its volume.
+	CopyAbandon time.Duration
 	// TLSDir has the credentials for that; see package peer.
 	TLSDir string
 	// Kubernetes is that they come from the router instead, by way of the API
@@ -60,6 +66,12 @@ func (o Options) Validate() error {
 	}
 	if !filepath.IsAbs(o.StateDir) {
 		return fmt.Errorf("--state-dir: %q is not an absolute path", o.StateDir)
+	}
+	if o.CopyBandwidth < 0 {
+		return fmt.Errorf("--copy-bandwidth: %d is negative", o.CopyBandwidth)
+	}
+	if o.CopyAbandon < 0 {
+		return fmt.Errorf("--copy-abandon-after: %s is negative", o.CopyAbandon)
 	}
 	if o.PeerAddress != "" {
 		if _, _, err := net.SplitHostPort(o.PeerAddress); err != nil {

@@ -26,13 +26,15 @@ func report(message string, err error, about ...any) {
 	klog.InfoSDepth(1, message, about...)
 }
 
-// nodeCredentials are those with which this node serves the router.
+// nodeCredentials are those with which this node serves the router and other
+// nodes.
 func (s *standalone) nodeCredentials() (credentials.TransportCredentials, error) {
 	if !s.options.Kubernetes {
 		own, err := peer.Load(s.options.TLSDir)
 		if err != nil {
 			return nil, fmt.Errorf("--tls-dir: %w", err)
 		}
+		s.own = own
 		s.registry.MustRegister(certificateExpiry(own))
 		return credentials.NewTLS(own.Server()), nil
 	}
@@ -50,6 +52,7 @@ func (s *standalone) nodeCredentials() (credentials.TransportCredentials, error)
 		return err
 	})
 	own := peer.New(s.certificate.Keys)
+	s.own = own
 	s.registry.MustRegister(certificateExpiry(own))
 	return watchedHandshake{credentials.NewTLS(own.Server()), s.certificate.Renew}, nil
 }

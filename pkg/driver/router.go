@@ -39,7 +39,7 @@ func Router(ctx context.Context, o RouterOptions) error {
 	}
 	service := router.New(f.nodes, func(segment string) credentials.TransportCredentials {
 		return credentials.NewTLS(f.own.Client(segment))
-	})
+	}, f.own.Sign)
 	defer service.Close()
 
 	socket, err := listenAt(ctx, o.Endpoint)

@@ -20,10 +20,12 @@ import (
 	"github.com/orlop-csi/orlop/pkg/controller"
 	"github.com/orlop-csi/orlop/pkg/kubelet"
 	"github.com/orlop-csi/orlop/pkg/node"
+	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/peerapi"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/pool/image"
 	"github.com/orlop-csi/orlop/pkg/router"
+	"github.com/orlop-csi/orlop/pkg/transfer"
 )
 
 // standalone is a driver with every service on one socket.
@@ -33,7 +35,8 @@ type standalone struct {
 	registry *prometheus.Registry
 	ready    readiness
 	calls    *calls
-	peer     *calls // for the router; nil if there is none
+	peer     *calls // for the router and other nodes; nil if there are none
+	own      *peer.Credentials
 	health   health
 
 	certificate  *cluster.Certificate  // nil if it comes from files
@@ -121,7 +124,8 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	if err != nil {
 		return err
 	}
-	controllerService, err := controller.New(set, nodeService)
+	copies := s.newCopies()
+	controllerService, err := controller.New(set, nodeService, copies)
 	if err != nil {
 		return err
 	}
@@ -137,6 +141,7 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 		csi.RegisterSnapshotMetadataServer(s.peer.server, controllerService)
 		csi.RegisterGroupControllerServer(s.peer.server, controllerService)
 		peerapi.RegisterGroupsServer(s.peer.server, controller.NewGroups(set))
+		peerapi.RegisterCopiesServer(s.peer.server, transfer.NewServer(set, copies, s.allowCopy))
 		serve = append(serve, s.peer.serve)
 	}
 	if s.certificate != nil {
@@ -170,8 +175,8 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 	return run(ctx, serve...)
 }
 
-// listenForRouter opens the port on which the router, and nobody else, can call
-// this node.
+// listenForRouter opens the port on which the router can call this node, and
+// other nodes can read what the router allows them to.
 func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) (net.Listener, error) {
 	own, err := s.nodeCredentials()
 	if err != nil {
@@ -184,6 +189,7 @@ func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) 
 	}
 	s.options.PeerAddress = l.Addr().String() // with the port, where 0 asked for any
 	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, append(router.ServerOptions(), grpc.Creds(own))...)
+	s.peer.edge.guard = mayCall
 	return l, nil
 }
 

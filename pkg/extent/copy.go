@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"os"
 
 	"golang.org/x/sys/unix"
@@ -38,24 +39,42 @@ func Copy(ctx context.Context, dst, src *os.File) error {
 	if err := dst.Truncate(info.Size()); err != nil {
 		return err
 	}
-	for end := int64(0); ; {
-		start, err := src.Seek(end, unix.SEEK_DATA)
-		if errors.Is(err, unix.ENXIO) {
-			return nil // no data behind end
-		}
+	for r, err := range Data(src, 0, info.Size()) {
 		if err != nil {
 			return err
 		}
-		end, err = src.Seek(start, unix.SEEK_HOLE)
-		if err != nil {
-			return err
-		}
-		for off := start; off < end; off += piece {
+		end := r.Offset + r.Length
+		for off := r.Offset; off < end; off += piece {
 			if err := ctx.Err(); err != nil {
 				return fmt.Errorf("copy %s: %w", src.Name(), context.Cause(ctx))
 			}
 			if err := copyRange(dst, src, off, min(off+piece, end)); err != nil {
 				return fmt.Errorf("copy %s to %s: %w", src.Name(), dst.Name(), err)
+			}
+		}
+	}
+	return nil
+}
+
+// Data gives the ranges of [from, to) in which f has data, as lseek(2) tells it,
+// ordered and not empty: all else reads as zeros. It moves f's offset. An error
+// is the last that it gives.
+func Data(f *os.File, from, to int64) iter.Seq2[Range, error] {
+	return func(yield func(Range, error) bool) {
+		for end := from; end < to; {
+			start, err := f.Seek(end, unix.SEEK_DATA)
+			if errors.Is(err, unix.ENXIO) {
+				return // no data behind end
+			}
+			if err == nil {
+				end, err = f.Seek(start, unix.SEEK_HOLE)
+			}
+			if err != nil {
+				yield(Range{}, err)
+				return
+			}
+			if start >= to || !yield(Range{start, min(end, to) - start}, nil) {
+				return
 			}
 		}
 	}

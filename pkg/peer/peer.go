@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"strings"
 	"time"
 )
 
@@ -55,7 +56,8 @@ func (c *Credentials) Expires() time.Time {
 	return keys.Certificate.Leaf.NotAfter
 }
 
-// Server is for listening: it accepts the router and nobody else.
+// Server is for listening: it accepts the router and the nodes. Which of them
+// may do what, [Caller] is for.
 func (c *Credentials) Server() *tls.Config {
 	return &tls.Config{
 		MinVersion: tls.VersionTLS13,
@@ -65,7 +67,7 @@ func (c *Credentials) Server() *tls.Config {
 			return &keys.Certificate, err
 		},
 		VerifyConnection: func(s tls.ConnectionState) error {
-			return c.verify(s, Controller(), x509.ExtKeyUsageClientAuth)
+			return c.verify(s.PeerCertificates, x509.ExtKeyUsageClientAuth, nil)
 		},
 	}
 }
@@ -83,34 +85,64 @@ func (c *Credentials) Client(segment string) *tls.Config {
 			return &keys.Certificate, err
 		},
 		VerifyConnection: func(s tls.ConnectionState) error {
-			return c.verify(s, Node(segment), x509.ExtKeyUsageServerAuth)
+			return c.verify(s.PeerCertificates, x509.ExtKeyUsageServerAuth, Node(segment))
 		},
 	}
 }
 
-// verify checks that the other side has a certificate of our authority, valid
-// now, for this use, and for the one that is meant.
-func (c *Credentials) verify(s tls.ConnectionState, meant *url.URL, usage x509.ExtKeyUsage) error {
+// verify checks that certificates, the other side's first, are of our
+// authority, valid now, for this use, and for the one that is meant; nil is the
+// router or any node.
+func (c *Credentials) verify(certificates []*x509.Certificate, usage x509.ExtKeyUsage, meant *url.URL) error {
 	keys, err := c.current()
 	if err != nil {
 		return err
 	}
-	if len(s.PeerCertificates) == 0 {
+	if len(certificates) == 0 {
 		return errors.New("the peer shows no certificate")
 	}
-	leaf, intermediates := s.PeerCertificates[0], x509.NewCertPool()
-	for _, certificate := range s.PeerCertificates[1:] {
+	leaf, intermediates := certificates[0], x509.NewCertPool()
+	for _, certificate := range certificates[1:] {
 		intermediates.AddCert(certificate)
 	}
 	if _, err := leaf.Verify(x509.VerifyOptions{Roots: keys.Trust, Intermediates: intermediates, KeyUsages: []x509.ExtKeyUsage{usage}}); err != nil {
 		return fmt.Errorf("the peer's certificate: %w", err)
 	}
-	for _, name := range leaf.URIs {
-		if name.String() == meant.String() {
-			return nil
+	identity, err := identityIn(leaf)
+	if err != nil {
+		return err
+	}
+	if meant != nil && identity.String() != meant.String() {
+		return fmt.Errorf("the peer is %s, not %s", identity, meant)
+	}
+	return nil
+}
+
+// identityIn reads whose a certificate is. It must be of one.
+func identityIn(leaf *x509.Certificate) (*url.URL, error) {
+	if len(leaf.URIs) == 1 {
+		identity := leaf.URIs[0]
+		segment := strings.TrimPrefix(identity.Path, "/")
+		for _, known := range []*url.URL{Controller(), Node(segment)} {
+			if identity.String() == known.String() && (identity.Host != "node" || segment != "") {
+				return identity, nil
+			}
 		}
 	}
-	return fmt.Errorf("the peer is %v, not %s", leaf.URIs, meant)
+	return nil, fmt.Errorf("the peer is %v, which is neither the router nor a node", leaf.URIs)
+}
+
+// Caller tells who is at the other end of a connection that [Credentials.Server]
+// accepted: the segment of a node, or "" for the router.
+func Caller(s tls.ConnectionState) (segment string, err error) {
+	if len(s.PeerCertificates) == 0 {
+		return "", errors.New("the peer shows no certificate")
+	}
+	identity, err := identityIn(s.PeerCertificates[0])
+	if err != nil {
+		return "", err
+	}
+	return strings.TrimPrefix(identity.Path, "/"), nil
 }
 
 // Strangers reports whether a handshake failed because the two sides do not know

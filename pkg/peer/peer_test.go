@@ -73,7 +73,7 @@ func TestRouterAndNodeAcceptEachOther(t *testing.T) {
 	}
 }
 
-func TestANodeAcceptsOnlyTheRouter(t *testing.T) {
+func TestANodeAcceptsTheRouterAndNodes(t *testing.T) {
 	a := harness.NewAuthority(t)
 	node := issued(t, a, peer.Node("node-1"), later)
 	for name, test := range map[string]struct {
@@ -83,8 +83,8 @@ func TestANodeAcceptsOnlyTheRouter(t *testing.T) {
 		"no certificate":         {&tls.Config{InsecureSkipVerify: true}, "certificate"},
 		"another authority":      {issued(t, harness.NewAuthority(t), peer.Controller(), later).Client("node-1"), ""},
 		"an expired certificate": {issued(t, a, peer.Controller(), before).Client("node-1"), "expired"},
-		"another node":           {issued(t, a, peer.Node("node-2"), later).Client("node-1"), "not orlop://controller"},
-		"itself":                 {issued(t, a, peer.Node("node-1"), later).Client("node-1"), "not orlop://controller"},
+		"somebody else":          {issued(t, a, &url.URL{Scheme: peer.Scheme, Host: "backup"}, later).Client("node-1"), "neither the router nor a node"},
+		"a node without a name":  {issued(t, a, peer.Node(""), later).Client("node-1"), "neither the router nor a node"},
 		"an old TLS":             {&tls.Config{InsecureSkipVerify: true, MaxVersion: tls.VersionTLS12}, "unsupported"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -96,6 +96,28 @@ func TestANodeAcceptsOnlyTheRouter(t *testing.T) {
 				t.Errorf("the node says %v; want %q", serverErr, test.want)
 			}
 		})
+	}
+}
+
+func TestANodeKnowsWhoCalls(t *testing.T) {
+	a := harness.NewAuthority(t)
+	node := issued(t, a, peer.Node("node-1"), later)
+	for want, client := range map[string]*peer.Credentials{
+		"":       issued(t, a, peer.Controller(), later),
+		"node-2": issued(t, a, peer.Node("node-2"), later),
+	} {
+		config, got := node.Server(), "nobody"
+		verify := config.VerifyConnection
+		config.VerifyConnection = func(s tls.ConnectionState) (err error) {
+			if err := verify(s); err != nil {
+				return err
+			}
+			got, err = peer.Caller(s)
+			return err
+		}
+		if clientErr, serverErr := connect(t, client.Client("node-1"), config); clientErr != nil || serverErr != nil || got != want {
+			t.Errorf("%q calls, and is taken for %q; client: %v, server: %v", want, got, clientErr, serverErr)
+		}
 	}
 }
 

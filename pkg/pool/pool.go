@@ -120,6 +120,16 @@ type Engine interface {
 	// being deleted until the end.
 	Changed(ctx context.Context, base, target string, from int64) iter.Seq2[Range, error]
 
+	// Read gives what a snapshot has from an offset on, as [Remote.Read] wants
+	// it. The caller keeps the snapshot from being deleted until the end.
+	Read(ctx context.Context, snapshot string, from int64) iter.Seq2[Piece, error]
+	// Copies lists the names of volumes whose copy from a [Remote] did not
+	// come to its end, ordered. What has arrived of them is kept, and their
+	// room is promised, for CreateVolume to go on.
+	Copies() []string
+	// DropCopy gives up what has arrived of such a volume.
+	DropCopy(name string) error
+
 	// Close stops background work and gives the pool up. What is attached
 	// stays attached.
 	Close() error
@@ -213,7 +223,8 @@ type VolumeSpec struct {
 	Filesystem   string
 	MkfsOptions  string
 	Ephemeral    bool
-	Source       Source // of the same pool
+	Source       Source  // of the same pool, unless there is a Remote
+	Remote       *Remote // where the bytes of the source are, if it is elsewhere
 	Limits       Limits
 }
 
@@ -226,15 +237,17 @@ type Snapshot struct {
 	Size        int64     `json:"size"`     // of the volume when it was cut, bytes
 	Access      Access    `json:"access"`
 	Filesystem  string    `json:"filesystem,omitempty"`
-	Content     Content   `json:"content"`         // of the volume when it was cut
-	Created     time.Time `json:"created"`         // the instant of the cut
-	Group       *Group    `json:"group,omitempty"` // that it was cut with
+	Content     Content   `json:"content"`           // of the volume when it was cut
+	Created     time.Time `json:"created"`           // the instant of the cut
+	Group       *Group    `json:"group,omitempty"`   // that it was cut with
+	ForCopy     bool      `json:"forCopy,omitempty"` // only there to be copied to another pool; not listed
 }
 
 // SnapshotSpec asks for a snapshot.
 type SnapshotSpec struct {
 	RequestName string
 	Volume      string // name in the same pool
+	ForCopy     bool   // see Snapshot
 	Group       *Group // to cut it with; nil is none
 }
 

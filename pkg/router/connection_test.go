@@ -39,7 +39,7 @@ func TestConnectionsAreMadeAnewAndNoCallIsLost(t *testing.T) {
 	csi.RegisterControllerServer(server, csi.UnimplementedControllerServer{})
 	go func() { _ = server.Serve(c) }() // until it is stopped
 	defer server.Stop()
-	s := New(Static{{Segment: "node-1", Address: l.Addr().String()}}, func(string) credentials.TransportCredentials { return insecure.NewCredentials() })
+	s := New(Static{{Segment: "node-1", Address: l.Addr().String()}}, func(string) credentials.TransportCredentials { return insecure.NewCredentials() }, unsigned)
 	defer s.Close()
 	for deadline := time.Now().Add(time.Minute); c.connections.Load() < 5; {
 		if _, err := s.GetCapacity(t.Context(), &csi.GetCapacityRequest{}); err == nil || !is(err, codes.Unimplemented) { // it was there

@@ -23,7 +23,8 @@ import (
 // what the first try made. Should a node not answer that might have it, the
 // answer is UNAVAILABLE: rather later than twice. Only then one is picked: in
 // the order in which the orchestrator prefers them, and else the one with most
-// room.
+// room. That of the source, if there is one, comes before all others: there it
+// takes no time. Elsewhere, the source is copied.
 //
 // A retry that allows only another node than the first try did makes the volume
 // there. What the first try may have made has never been handed out, is where
@@ -38,13 +39,19 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 		return nil, err
 	}
 	defer end()
-	candidates, err := s.candidates(ctx, r)
+	candidates, owner, err := s.candidates(ctx, r)
 	if err != nil {
 		return nil, err
 	}
+	create := func(ctx context.Context, m member) (*csi.CreateVolumeResponse, error) {
+		if owner.Segment != "" && owner.Segment != m.Segment {
+			return s.copyTo(ctx, m, owner, r)
+		}
+		response, err := m.CreateVolume(ctx, r)
+		return response, at(ctx, m, err)
+	}
 	if len(candidates) == 1 {
-		response, err := candidates[0].CreateVolume(ctx, r)
-		return response, at(ctx, candidates[0], err)
+		return create(ctx, candidates[0])
 	}
 	existing, err := find(ctx, candidates, "volume "+r.GetName(), func(ctx context.Context, m member) (*csi.CreateVolumeResponse, error) {
 		return m.CreateVolume(request.WithExistingOnly(ctx), r)
@@ -52,39 +59,30 @@ func (s *Server) CreateVolume(ctx context.Context, r *csi.CreateVolumeRequest) (
 	if err != nil || existing != nil {
 		return existing, err
 	}
-	return place(ctx, candidates, r)
+	return place(ctx, candidates, owner.Segment, r, create)
 }
 
-// candidates are the nodes where a volume can be made: those that the topology
-// allows, and of these the one that has the source's pool if there is a source.
-func (s *Server) candidates(ctx context.Context, r *csi.CreateVolumeRequest) ([]member, error) {
-	members, err := s.fleet.list(ctx)
+// candidates are the nodes where a volume can be made, those that the topology
+// allows, and the one that has the source if there is a source.
+func (s *Server) candidates(ctx context.Context, r *csi.CreateVolumeRequest) (members []member, owner member, err error) {
+	members, err = s.fleet.list(ctx)
 	if err != nil {
-		return nil, err
+		return nil, member{}, err
 	}
 	if len(members) == 0 {
-		return nil, pool.Errorf(pool.ErrUnavailable, "there is no node yet that could hold volume %s", r.GetName())
+		return nil, member{}, pool.Errorf(pool.ErrUnavailable, "there is no node yet that could hold volume %s", r.GetName())
 	}
 	all := names(members)
 	members = slices.DeleteFunc(members, func(m member) bool {
 		return !request.Reachable(r.GetAccessibilityRequirements(), m.Segment)
 	})
 	if len(members) == 0 {
-		return nil, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements allow no node that there is; there are %s", all)
+		return nil, member{}, pool.Errorf(pool.ErrNoSpace, "accessibility_requirements allow no node that there is; there are %s", all)
 	}
-	source := r.GetVolumeContentSource()
-	if source == nil {
-		return members, nil
+	if source := r.GetVolumeContentSource(); source != nil {
+		owner, err = s.sourceOwner(ctx, source)
 	}
-	owner, err := s.sourceOwner(ctx, source)
-	if err != nil {
-		return nil, err
-	}
-	members = slices.DeleteFunc(members, func(m member) bool { return m.Segment != owner.Segment })
-	if len(members) == 0 {
-		return nil, pool.Errorf(pool.ErrNoSpace, "the source is on node %s, which accessibility_requirements do not allow", owner.Segment)
-	}
-	return members, nil
+	return members, owner, err
 }
 
 // names lists the first nodes.
@@ -134,7 +132,7 @@ func find[T any](ctx context.Context, members []member, what string, call func(c
 
 // place makes a volume that does not exist yet on the best of several nodes that
 // has room for it. That none has is RESOURCE_EXHAUSTED only if all say so.
-func place(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (*csi.CreateVolumeResponse, error) {
+func place(ctx context.Context, members []member, owner string, r *csi.CreateVolumeRequest, create func(context.Context, member) (*csi.CreateVolumeResponse, error)) (*csi.CreateVolumeResponse, error) {
 	answers := ask(ctx, members, func(ctx context.Context, m member) (*csi.GetCapacityResponse, error) {
 		return m.GetCapacity(ctx, &csi.GetCapacityRequest{
 			VolumeCapabilities: r.GetVolumeCapabilities(),
@@ -158,17 +156,18 @@ func place(ctx context.Context, members []member, r *csi.CreateVolumeRequest) (*
 	slices.SortStableFunc(answers, func(a, b answer[*csi.GetCapacityResponse]) int {
 		return cmp.Or(
 			-compareBools(fits(a), fits(b)),
+			-compareBools(a.Segment == owner, b.Segment == owner),
 			cmp.Compare(preference(r, a.Segment), preference(r, b.Segment)),
 			-cmp.Compare(a.value.GetAvailableCapacity(), b.value.GetAvailableCapacity()),
 		)
 	})
 	var full error
 	for _, a := range answers { // also those without room: they may just be getting some
-		response, err := a.CreateVolume(ctx, r)
+		response, err := create(ctx, a.member)
 		if !is(err, codes.ResourceExhausted) {
-			return response, at(ctx, a.member, err)
+			return response, err
 		}
-		full = cmp.Or(full, at(ctx, a.member, err))
+		full = cmp.Or(full, err)
 	}
 	if unclear != nil {
 		return nil, pool.Errorf(pool.ErrUnavailable, "no node that answers has room for volume %s; %s", r.GetName(), said(unclear))

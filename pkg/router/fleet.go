@@ -65,6 +65,11 @@ var dialOptions = []grpc.DialOption{
 	grpc.WithNoProxy(),
 }
 
+// Dial connects to a node.
+func Dial(address string, c credentials.TransportCredentials, more ...grpc.DialOption) (*grpc.ClientConn, error) {
+	return grpc.NewClient(address, slices.Concat(dialOptions, []grpc.DialOption{grpc.WithTransportCredentials(c)}, more)...)
+}
+
 // ServerOptions are what a node's server must be told to get on with the
 // connections of a router.
 func ServerOptions() []grpc.ServerOption { return serverOptions(time.Hour) }
@@ -173,7 +178,7 @@ func (f *fleet) connect(n Node) (grpc.ClientConnInterface, error) {
 	if connection, ok := f.connections[n]; ok {
 		return connection, nil
 	}
-	connection, err := grpc.NewClient(n.Address, append(slices.Clip(dialOptions), grpc.WithTransportCredentials(f.credentials(n.Segment)))...)
+	connection, err := Dial(n.Address, f.credentials(n.Segment))
 	if err != nil {
 		return nil, err
 	}

@@ -20,8 +20,10 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/orlop-csi/orlop/pkg/controller"
+	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/request"
+	"github.com/orlop-csi/orlop/pkg/transfer"
 )
 
 // memory is an engine that keeps its catalog and nothing else. The methods that
@@ -221,7 +223,7 @@ func (n *testNode) serve(t *testing.T, segment string, engines ...pool.Engine) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	service, err := controller.New(set, nobody{})
+	service, err := controller.New(set, nobody{}, transfer.New(transfer.Options{}))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -279,7 +281,7 @@ func startFleet(t *testing.T, rooms ...int64) (*Server, *discovered, []*testNode
 		nodes = append(nodes, n)
 		d.nodes = append(d.nodes, n.Node)
 	}
-	s := New(d, func(string) credentials.TransportCredentials { return insecure.NewCredentials() })
+	s := New(d, func(string) credentials.TransportCredentials { return insecure.NewCredentials() }, unsigned)
 	t.Cleanup(func() { s.Close() })
 	return s, d, nodes
 }
@@ -362,3 +364,6 @@ func failing(methods ...string) func(context.Context, string) error {
 		return nil
 	}
 }
+
+// unsigned makes tickets that no node looks at.
+func unsigned(peer.Ticket) ([]byte, error) { return nil, nil }

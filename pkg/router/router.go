@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc/metadata"
 
 	"github.com/orlop-csi/orlop/pkg/controller"
+	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/request"
 )
@@ -28,12 +29,17 @@ type Server struct {
 	// names keeps calls that make something of the same name from overlapping:
 	// each could find no trace of the other, and take another node.
 	names pool.Operations
+	// sign lets a node read a snapshot of another.
+	sign func(peer.Ticket) ([]byte, error)
 }
 
 // New makes the service. The credentials for a node must accept that node and
-// no other.
-func New(d Discovery, nodeCredentials func(segment string) credentials.TransportCredentials) *Server {
-	return &Server{fleet: fleet{discovery: d, credentials: nodeCredentials, connections: map[Node]*grpc.ClientConn{}}}
+// no other; sign makes tickets that nodes accept.
+func New(d Discovery, nodeCredentials func(segment string) credentials.TransportCredentials, sign func(peer.Ticket) ([]byte, error)) *Server {
+	return &Server{
+		fleet: fleet{discovery: d, credentials: nodeCredentials, connections: map[Node]*grpc.ClientConn{}},
+		sign:  sign,
+	}
 }
 
 // Close ends the connections to the nodes.

@@ -16,6 +16,7 @@ import (
 	"github.com/orlop-csi/orlop/pkg/controller"
 	"github.com/orlop-csi/orlop/pkg/pool"
 	"github.com/orlop-csi/orlop/pkg/request"
+	"github.com/orlop-csi/orlop/pkg/transfer"
 )
 
 func TestAVolumeIsMadeOnTheNodeThatIsPreferredOrHasMostRoom(t *testing.T) {
@@ -352,7 +353,7 @@ func TestCapacityIsAddedUp(t *testing.T) {
 // What a node's Controller service can do, the router can, and nothing else.
 func TestTheRouterServesWhatANodeServes(t *testing.T) {
 	s, _, nodes := startFleet(t, gib)
-	node, err := controller.New(mustSet(t, nodes[0].memory), nobody{})
+	node, err := controller.New(mustSet(t, nodes[0].memory), nobody{}, transfer.New(transfer.Options{}))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -214,8 +214,8 @@ func TestANodeServesTheRouterAndNobodyElse(t *testing.T) {
 		"no TLS":                   {insecure.NewCredentials(), codes.Unavailable},
 		"no certificate":           {credentials.NewTLS(&tls.Config{InsecureSkipVerify: true}), codes.Unavailable},
 		"another authority":        {load(harness.NewAuthority(t), peer.Controller(), later), codes.Unavailable},
-		"a node":                   {load(f.Authority, peer.Node("node-2"), later), codes.Unavailable},
-		"the node itself":          {load(f.Authority, peer.Node(f.Nodes[0].Node), later), codes.Unavailable},
+		"a node":                   {load(f.Authority, peer.Node("node-2"), later), codes.PermissionDenied},
+		"the node itself":          {load(f.Authority, peer.Node(f.Nodes[0].Node), later), codes.PermissionDenied},
 		"a certificate that ended": {load(f.Authority, peer.Controller(), time.Now().Add(-time.Minute)), codes.Unavailable},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -316,7 +316,7 @@ func TestTheMetricsTellWhatTheDriverKnows(t *testing.T) {
 	}
 	page := ctlGet(t, address, "/metrics", http.StatusOK)
 	elsewhere := []string{ // of a node that has a kubelet or a router, and of a router
-		"orlop_kubelet_registered", "orlop_peer_certificate_expiration_timestamp_seconds", "orlop_orphans",
+		"orlop_kubelet_registered", "orlop_peer_certificate_expiration_timestamp_seconds", "orlop_orphans", "orlop_nodes",
 	}
 	for _, m := range driver.Metrics() {
 		if slices.Contains(elsewhere, m.Name) {

@@ -38,7 +38,7 @@ func TestRouterPassesCSISanity(t *testing.T) {
 				"--csi.testvolumemutableparameters="+mutable,
 				"--ginkgo.no-color",
 			).CombinedOutput()
-			passed := regexp.MustCompile(`86 Passed \| 0 Failed`)
+			passed := regexp.MustCompile(`92 Passed \| 0 Failed`)
 			if err != nil || !passed.Match(out) {
 				t.Errorf("%v\n%s", err, out)
 			}

@@ -26,6 +26,7 @@ var behindRouter = []func(*testing.T){
 	TestReserveAndOvercommitDecideWhatIsPromised,
 	TestGetCapacityTellsWhatCanBeMade,
 	TestADirectorySharesItsFilesystemWithOthers,
+	TestASourceInAnotherPoolOfTheNodeIsCopied,
 
 	TestAConflictingCallIsAborted,
 	TestOneVolumeCanBeCopiedTwiceAtOnce,
@@ -164,6 +165,12 @@ var byItself = map[string][]string{
 		"TestNodeInlineVolumeIsNeverAPersistentOne",
 	},
 	"it has a fleet of its own or needs none": {
+		"TestACopyIsAsSparseAsItsSource",
+		"TestACopyThatIsCutOffGoesOnWhereItWas",
+		"TestACopyThatNobodyAsksForIsDropped",
+		"TestANodesCertificateAloneReadsNothing",
+		"TestAVolumeIsRestoredAndClonedOnAnyNode",
+		"TestWhatACopyHasBroughtOutlivesTheDriverForAWhile",
 		"TestADriverThatTheKubeletRefusesIsNotHealthy",
 		"TestANodeServesTheRouterAndNobodyElse",
 		"TestChangedBlocksHoldTheirSnapshots",

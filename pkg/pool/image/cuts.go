@@ -94,6 +94,7 @@ func (c *cutting) promise(ctx context.Context, spec pool.SnapshotSpec) error {
 				Filesystem:  v.Filesystem,
 				Content:     v.Content,
 				Group:       spec.Group,
+				ForCopy:     spec.ForCopy,
 			},
 			charge: e.blocks(path.Join(volumesDir, v.Name, dataFile)),
 		},

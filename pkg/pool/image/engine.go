@@ -49,6 +49,7 @@ const (
 	dataFile     = "data"
 	volumeFile   = "volume.json"
 	snapshotFile = "snapshot.json"
+	copyFile     = "copy.json"
 )
 
 // directories are all directories of a pool.
@@ -112,6 +113,7 @@ type Engine struct {
 	snapshots        catalog[snapshot]
 	damagedVolumes   catalog[damage]
 	damagedSnapshots catalog[damage]
+	copies           catalog[copyRecord]
 	notes            map[string]string // oddities found in the pool, by path
 }
 

@@ -33,6 +33,12 @@ func (e *Engine) recover(ctx context.Context) error {
 	}
 	for _, entry := range entries {
 		at := path.Join(stagingDir, entry.Name())
+		if name, ok := e.copyName(entry.Name()); ok {
+			if err := e.loadCopy(name); err != nil {
+				e.note(at, "was left by a copy that did not end, and could not be removed: "+err.Error())
+			}
+			continue
+		}
 		remove := e.root.Remove
 		if entry.IsDir() {
 			remove = e.remove

@@ -70,7 +70,7 @@ func mustBeOf(s pool.Snapshot, spec pool.SnapshotSpec) error {
 	if err != nil {
 		return err
 	}
-	if s.RequestName != spec.RequestName || source.Name != spec.Volume || s.Group != nil {
+	if s.RequestName != spec.RequestName || source.Name != spec.Volume || s.Group != nil || s.ForCopy != spec.ForCopy {
 		return pool.Errorf(pool.ErrExists, "snapshot %s exists, of volume %s", s.ID, s.SourceID)
 	}
 	return nil

@@ -143,7 +143,7 @@ func (e *Engine) remove(dir string) error {
 			return pool.Errorf(pool.ErrInUse, "%s is attached to %s", data, devices[0].Path)
 		}
 	}
-	for _, file := range []string{dataFile, volumeFile, snapshotFile} {
+	for _, file := range []string{dataFile, volumeFile, snapshotFile, copyFile} {
 		if err := e.root.Remove(path.Join(dir, file)); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}

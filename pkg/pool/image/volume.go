@@ -69,7 +69,7 @@ func (e *Engine) CreateVolume(ctx context.Context, spec pool.VolumeSpec) (pool.V
 	if v.ID == "" {
 		v.ID = pool.ID{Node: e.segment, Pool: e.info.ID, Name: name}.String()
 	}
-	from, err := e.origin(spec.Source)
+	from, err := e.originOf(spec)
 	if err != nil {
 		return pool.Volume{}, err
 	}
@@ -81,6 +81,12 @@ func (e *Engine) CreateVolume(ctx context.Context, spec pool.VolumeSpec) (pool.V
 		if from.content == pool.ContentFilesystem || from.content == pool.ContentRaw {
 			v.Content = pool.ContentCopied
 		}
+	}
+	if spec.Remote != nil {
+		if err := e.copyVolume(ctx, v, spec.Remote); err != nil {
+			return pool.Volume{}, fmt.Errorf("copying volume %s: %w", name, err)
+		}
+		return e.Volume(name)
 	}
 	if err := e.promise(ctx, v.Size, v.Provisioning, "volume "+name); err != nil {
 		return pool.Volume{}, err
@@ -125,6 +131,14 @@ type origin struct {
 	volume  string // the volume's name; empty for a snapshot, which never changes
 	size    int64
 	content pool.Content
+}
+
+// originOf is where the bytes of a new volume come from; nil is nowhere.
+func (e *Engine) originOf(spec pool.VolumeSpec) (*origin, error) {
+	if spec.Remote != nil {
+		return &origin{size: spec.Remote.Size, content: spec.Remote.Content}, nil
+	}
+	return e.origin(spec.Source)
 }
 
 // origin finds the source in this pool; nil is no source.
@@ -229,9 +243,13 @@ type staged struct {
 }
 
 // stage begins to make a directory of the pool, with an empty image.
-func (e *Engine) stage(dir string) (_ *staged, err error) {
-	s := &staged{engine: e, dir: dir}
-	s.at = path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir))
+func (e *Engine) stage(dir string) (*staged, error) {
+	return e.stageAt(dir, path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir)))
+}
+
+// stageAt begins to make a directory of the pool at that place in .staging.
+func (e *Engine) stageAt(dir, at string) (_ *staged, err error) {
+	s := &staged{engine: e, dir: dir, at: at}
 	if err := e.remove(s.at); err != nil {
 		return nil, fmt.Errorf("removing what an earlier try left: %w", err)
 	}

@@ -187,7 +187,7 @@ func copyTime(t *testing.T, node, volume string) float64 {
 	t.Helper()
 	log, err := kube.CoreV1().Pods(system).GetLogs(nodePod(t, node), &corev1.PodLogOptions{Container: container}).DoRaw(t.Context())
 	must(t, err)
-	for _, line := range strings.SplitSeq(string(log), "\n") {
+	for line := range strings.SplitSeq(string(log), "\n") {
 		if strings.Contains(line, `"Copy ends"`) && strings.Contains(line, volume) {
 			_, after, _ := strings.Cut(line, `duration="`)
 			text, _, _ := strings.Cut(after, `"`)

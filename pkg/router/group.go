@@ -360,18 +360,60 @@ func (s *Server) DeleteVolumeGroupSnapshot(ctx context.Context, r *csi.DeleteVol
 	if err != nil && !errors.Is(err, pool.ErrNotFound) {
 		return nil, err
 	}
+	if err := deleteParts(ctx, r.GetGroupSnapshotId(), found, r.GetSecrets()); err != nil {
+		return nil, err
+	}
+	return &csi.DeleteVolumeGroupSnapshotResponse{}, nil
+}
+
+// deleteParts removes a group from the nodes that have some of it.
+func deleteParts(ctx context.Context, id string, found []part, secrets map[string]string) error {
 	for _, p := range found {
 		var ids []string
 		for _, snapshot := range p.snapshots {
 			ids = append(ids, snapshot.ID)
 		}
 		if _, err := p.groupController.DeleteVolumeGroupSnapshot(ctx, &csi.DeleteVolumeGroupSnapshotRequest{
-			GroupSnapshotId: r.GetGroupSnapshotId(), SnapshotIds: ids, Secrets: r.GetSecrets(),
+			GroupSnapshotId: id, SnapshotIds: ids, Secrets: secrets,
 		}); err != nil {
-			return nil, at(ctx, p.member, err)
+			return at(ctx, p.member, err)
 		}
 	}
-	return &csi.DeleteVolumeGroupSnapshotResponse{}, nil
+	return nil
+}
+
+// removeGroup removes the group of an orphan, which cannot go alone. All of its
+// snapshots, on whatever nodes, must be orphans.
+func (o *Orphans) removeGroup(ctx context.Context, members []member, claims Claims, id string) error {
+	owners := map[string]member{}
+	for _, m := range members {
+		owners[m.Segment] = m
+	}
+	group, found, err := findOn(ctx, id, owners)
+	if err != nil {
+		return err
+	}
+	end, err := o.server.names.Begin("group snapshot "+group.Name, pool.Delete)
+	if err != nil {
+		return err
+	}
+	defer end()
+	for _, p := range found {
+		for _, snapshot := range p.snapshots {
+			t := thing{KindSnapshot, snapshot.ID}
+			h, known := o.known[t]
+			if known {
+				h.judge(claims, o.grace)
+				o.known[t] = h
+			}
+			if !h.Orphan {
+				return pool.Errorf(pool.ErrPrecondition, "group snapshot %s, which can only be removed as a whole, has snapshot %s, which is no orphan", id, snapshot.ID)
+			}
+		}
+	}
+	// What is known of the others stays until the next scan: to remove them,
+	// too, is no error.
+	return deleteParts(ctx, id, found, nil)
 }
 
 // GetVolumeGroupSnapshot implements csi.GroupControllerServer.

@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"google.golang.org/grpc/codes"
 
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
@@ -271,7 +272,14 @@ func (o *Orphans) Remove(ctx context.Context, k Kind, id string) error {
 	if k == KindVolume {
 		_, err = members[i].DeleteVolume(ctx, &csi.DeleteVolumeRequest{VolumeId: id})
 	} else {
-		_, err = members[i].DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: id})
+		var cut *csi.GetSnapshotResponse
+		cut, err = members[i].GetSnapshot(ctx, &csi.GetSnapshotRequest{SnapshotId: id})
+		if group := cut.GetSnapshot().GetGroupSnapshotId(); group != "" {
+			return o.removeGroup(ctx, members, claims, group)
+		}
+		if err == nil || is(err, codes.NotFound) {
+			_, err = members[i].DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: id})
+		}
 	}
 	if err == nil {
 		delete(o.known, t)

@@ -24,7 +24,7 @@ var mutants = []struct {
 	},
 	{
 		"a pod that was stopped does not go on at the start", "pool/image/hold.go",
-		"err = freezer.Thaw()", "err = nil",
+		"err = freezer.Thaw()", "_ = freezer",
 		"CreateVolumeGroupSnapshot, with a block volume of a pod", "the pod is frozen",
 	},
 	{

@@ -166,3 +166,48 @@ func TestRouterFindsOrphansAndRemovesThemOnlyWhenTold(t *testing.T) {
 		t.Errorf("a node that does not answer: %v, %q, %q", err, out, errOut)
 	}
 }
+
+// What a router that died between two nodes left of a group, or a group whose
+// objects were deleted with their snapshots retained, can be removed.
+func TestRouterRemovesAGroupOfOrphansAsAWhole(t *testing.T) {
+	f := threeNodes(t)
+	var volumes []string
+	for _, n := range f.Nodes[:2] {
+		volumes = append(volumes, f.Create("v-"+n.Node, ctlMiB, harness.Block(harness.Writer), onNode(n.Node)).GetVolumeId())
+	}
+	g, err := groupCreate(f.Driver, "g", volumes...)
+	ctlMust(t, err)
+	members := groupIDs(g)
+	claims := filepath.Join(f.Dir, "claims")
+	f.Args = append(f.Args, "--claims-file", claims, "--orphan-grace-period", "1s")
+	claimed := volumes
+	soon := func(what string, want ...string) {
+		t.Helper()
+		slices.Sort(want)
+		dataEventually(t, func() error {
+			ctlMust(t, os.WriteFile(claims+".new", []byte(strings.Join(claimed, "\n")+"\n"), 0o600))
+			ctlMust(t, os.Rename(claims+".new", claims))
+			got := orphansOf(t, f)
+			slices.Sort(got)
+			if !slices.Equal(got, want) {
+				return fmt.Errorf("%s: %v, want %v", what, got, want)
+			}
+			return nil
+		})
+	}
+	ctlMust(t, os.WriteFile(claims, nil, 0o600))
+	f.Restart()
+	claimed = append(volumes, members[0])
+	soon("one is claimed", "snapshot/"+members[1])
+	if out, errOut, err := orphanCommand(t, f, "--remove", "snapshot/"+members[1]); err == nil || out != "" || !strings.Contains(errOut, members[0]) {
+		t.Errorf("one of the group is claimed: %v, %q, %q", err, out, errOut)
+	}
+	claimed = volumes
+	soon("none is claimed", "snapshot/"+members[0], "snapshot/"+members[1])
+	if out, errOut, err := orphanCommand(t, f, "--remove", "--all", "--yes"); err != nil || strings.Count(out, "removed ") != 2 {
+		t.Errorf("%v, %q, %q", err, out, errOut)
+	}
+	if left := groupSnapshots(t, f.Driver); len(left) > 0 {
+		t.Errorf("what is left: %v", left)
+	}
+}

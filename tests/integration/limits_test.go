@@ -160,7 +160,7 @@ func TestLimitsHoldAfterARestart(t *testing.T) {
 // a volume has its limits for itself.
 func TestLimitsAreChangedThroughTheRouter(t *testing.T) {
 	f := harness.StartFleet(t, harness.FilePool("2Gi"), harness.FilePool("1Gi"))
-	v := limCreate(f.Driver, f.Nodes[0], nodeExt4, "writeIOPS", "15")
+	v := limCreate(f.Driver, f.Nodes[0], nodeExt4, "writeIOPS", "20")
 	v.stage(t)
 	var loads []*harness.Load
 	for range 2 {
@@ -171,11 +171,11 @@ func TestLimitsAreChangedThroughTheRouter(t *testing.T) {
 		loads = append(loads, pod.Load(pod.Container("app"), v.kind.file(target), 4<<10, true))
 	}
 	for _, load := range loads {
-		load.Settles("writeIOPS 15", 15)
+		load.Settles("writeIOPS 20", 20)
 	}
-	dataMust(t, limModify(f.Driver, v.id, "writeIOPS", "25"))
+	dataMust(t, limModify(f.Driver, v.id, "writeIOPS", "40"))
 	for _, load := range loads {
-		load.Settles("writeIOPS 25", 25)
+		load.Settles("writeIOPS 40", 40)
 	}
 	ctlWant(t, "a bad value", limModify(f.Driver, v.id, "writeIOPS", "none"), codes.InvalidArgument, "node-1", "writeIOPS", "none")
 	ctlWant(t, "no volume", limModify(f.Driver, v.id+"x", "writeIOPS", "60"), codes.NotFound)
@@ -278,7 +278,7 @@ func TestLimitsArePartOfThePublication(t *testing.T) {
 // limits on that.
 func TestLimitsHoldForAReadOnlyPublication(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("1Gi"))
-	v := limCreate(d, d, nodeBlock, "readIOPS", "15")
+	v := limCreate(d, d, nodeBlock, "readIOPS", "20")
 	v.stage(t)
 	pod := harness.NewPod(t, "", "")
 	target := pod.Target(d, v.name, true)
@@ -287,7 +287,7 @@ func TestLimitsHoldForAReadOnlyPublication(t *testing.T) {
 	})
 	dataMust(t, err)
 	load := pod.Load(pod.Container("app"), target, 4<<10, false)
-	load.Settles("readIOPS 15", 15)
-	dataMust(t, limModify(d, v.id, "readIOPS", "30"))
-	load.Settles("readIOPS 30", 30)
+	load.Settles("readIOPS 20", 20)
+	dataMust(t, limModify(d, v.id, "readIOPS", "40"))
+	load.Settles("readIOPS 40", 40)
 }

@@ -51,7 +51,14 @@ func (w *world) inPod(name string) {
 	w.must(err)
 	process, err := strconv.Atoi(strings.TrimSpace(string(pid)))
 	w.must(err)
-	w.t.Cleanup(func() { _ = syscall.Kill(process, syscall.SIGKILL) })
+	w.t.Cleanup(func() {
+		for file, thawed := range map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"} {
+			if _, err := os.Stat(filepath.Join(w.pod, file)); err == nil { // what is stopped cannot be killed
+				_ = os.WriteFile(filepath.Join(w.pod, file), []byte(thawed), 0)
+			}
+		}
+		_ = syscall.Kill(process, syscall.SIGKILL)
+	})
 	w.must(os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(process)), 0))
 
 	w.Create(name, 64*mib, block)

@@ -23,4 +23,4 @@ type Piece struct {
 
 // PieceSize is how many bytes a piece has at most: what a copy in flight needs of
 // memory is a few of them.
-const PieceSize = 1 << 20
+const PieceSize = 256 << 10

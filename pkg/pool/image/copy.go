@@ -27,6 +27,13 @@ const (
 	copyStepTime  = 5 * time.Second
 )
 
+// copyFlush is how much arrives before the disk is told to write it, and
+// copyAhead how much of a snapshot is read before it is wanted, in bytes.
+const (
+	copyFlush = 8 << 20
+	copyAhead = 16 << 20
+)
+
 // copyRecord is the content of copy.json.
 type copyRecord struct {
 	Volume pool.Volume `json:"volume"` // as it will be
@@ -172,6 +179,7 @@ func (e *Engine) beginCopy(ctx context.Context, record copyRecord) (err error) {
 func (e *Engine) receive(ctx context.Context, data *os.File, record *copyRecord, remote *pool.Remote) error {
 	// What arrived last is behind the record; it is written again.
 	last, at, since := time.Now(), record.Done, int64(0)
+	flushed := at
 	for piece, err := range remote.Read(ctx, record.Done) {
 		if err != nil {
 			return errors.Join(err, e.step(data, record, at))
@@ -184,6 +192,14 @@ func (e *Engine) receive(ctx context.Context, data *os.File, record *copyRecord,
 			return err
 		}
 		at, since = end, since+int64(len(piece.Data))
+		if at-flushed >= copyFlush {
+			// The disk begins to write while the next arrives, so that there
+			// is little to wait for when the file is synced.
+			if err := extent.Flush(data, flushed, at-flushed); err != nil {
+				return err
+			}
+			flushed = at
+		}
 		if since >= copyStepBytes || time.Since(last) >= copyStepTime {
 			if err := e.step(data, record, at); err != nil {
 				return err
@@ -224,6 +240,7 @@ func (e *Engine) Read(ctx context.Context, snapshot string, from int64) iter.Seq
 		}
 		defer data.Close()
 		buffer := make([]byte, min(pool.PieceSize, s.Size))
+		ahead := from // up to where the disk was told to read
 		for r, err := range e.allocated(ctx, snapshot, data, from, s.Size) {
 			if err != nil {
 				yield(pool.Piece{}, err)
@@ -233,6 +250,11 @@ func (e *Engine) Read(ctx context.Context, snapshot string, from int64) iter.Seq
 				if ctx.Err() != nil {
 					yield(pool.Piece{}, context.Cause(ctx))
 					return
+				}
+				if ahead = max(ahead, r.Offset); ahead < end && ahead-r.Offset < copyAhead/2 {
+					next := min(end, r.Offset+copyAhead)
+					extent.ReadAhead(data, ahead, next-ahead)
+					ahead = next
 				}
 				n := min(int64(len(buffer)), end-r.Offset)
 				if _, err := data.ReadAt(buffer[:n], r.Offset); err != nil {

@@ -53,7 +53,12 @@ test-unit: need-go ## Tests that need no privilege
 .PHONY: test-integration
 test-integration: need-root need-filesystems ## Tests on the kernel's loop devices and filesystems (root)
 	@scripts/install gcc ip
-	go test -race -tags integration -count=1 -timeout 30m ./pkg/... ./examples/... ./tests/integration/... ./tests/crash/...
+	go test -race -tags integration -count=1 -timeout 40m -skip '^TestRouterPassesTheSuite$$' ./pkg/... ./examples/... ./tests/integration/... ./tests/crash/...
+
+.PHONY: test-router
+test-router: need-root need-filesystems ## The integration tests a second time, each through a router over three nodes (root)
+	@scripts/install gcc ip
+	go test -race -tags integration -count=1 -timeout 60m -run '^TestRouterPassesTheSuite$$' -v ./tests/integration
 
 .PHONY: crash
 crash: need-root need-filesystems ## Kill the driver at every point of every operation; test-integration does so at every 12th (root)

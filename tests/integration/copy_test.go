@@ -9,6 +9,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -165,29 +167,31 @@ func TestACopyThatIsCutOffGoesOnWhereItWas(t *testing.T) {
 	snapshot := f.Snapshot("snapshot", source).GetSnapshotId()
 	f.Nodes[0].Release("source", source)
 
-	ended := make(chan struct{})
-	cuts := make(chan int)
-	go func() {
-		n := 0
-		defer func() { cuts <- n }()
-		for {
+	const most = 6 // so that it comes to an end however slow the machine
+	var kills atomic.Int64
+	ctx, stop := context.WithCancel(t.Context())
+	var killer sync.WaitGroup
+	killer.Go(func() {
+		for kills.Load() < most {
 			select {
-			case <-ended:
+			case <-ctx.Done():
 				return
-			case <-time.After(time.Duration(1000+rand.IntN(1000)) * time.Millisecond):
-				victim := f.Nodes[n%2]
+			case <-time.After(time.Duration(2500+rand.IntN(1000)) * time.Millisecond):
+				victim := f.Nodes[kills.Load()%2]
 				victim.Kill()
 				victim.Start()
-				n++
+				kills.Add(1)
 			}
 		}
-	}()
+	})
+	defer killer.Wait()
+	defer stop()
 	v, answers := copyCreate(t, f, "copied", block, time.Second, onNode("node-2"), harness.FromSnapshot(snapshot))
-	close(ended)
-	n := <-cuts
-	t.Logf("%d kills, %d answers on the way", n, len(answers))
-	if n < 3 {
-		t.Errorf("the copy was cut %d times only; it shows nothing", n)
+	stop()
+	killer.Wait()
+	t.Logf("%d kills, %d answers on the way", kills.Load(), len(answers))
+	if kills.Load() < 3 {
+		t.Errorf("the copy was cut %d times only; it shows nothing", kills.Load())
 	}
 	if !strings.Contains(strings.Join(answers, "\n"), "is being copied from node node-1") {
 		t.Errorf("no answer told of the progress: %s", strings.Join(answers, "\n"))

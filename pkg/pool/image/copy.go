@@ -24,7 +24,7 @@ const copyPrefix = "copy-"
 // How often the record is brought up to date: after so many bytes, or so long.
 const (
 	copyStepBytes = 256 << 20
-	copyStepTime  = 5 * time.Second
+	copyStepTime  = 2 * time.Second
 )
 
 // copyFlush is how much arrives before the disk is told to write it, and

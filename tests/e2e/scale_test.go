@@ -41,8 +41,9 @@ func TestStartLatency(t *testing.T) {
 	s := newSpace(t)
 	const rounds = 11
 	took := map[string][]time.Duration{}
+	round := 0
 	start := func(kind, text string, pairs ...string) {
-		pod := fmt.Sprintf("%s-%d", kind, len(took[kind]))
+		pod := fmt.Sprintf("%s-%d", kind, round)
 		began := time.Now()
 		s.apply(text, append(pairs, "pod", pod, "claim", pod)...)
 		await(t, s.in(pods), pod, "running", isRunning)
@@ -55,13 +56,13 @@ func TestStartLatency(t *testing.T) {
 		}
 		s.delete(pods, pod) // the next has the machine for itself
 	}
-	for i := range rounds + 1 {
-		node := nodes[i%len(nodes)]
+	for ; round <= rounds; round++ {
+		node := nodes[round%len(nodes)]
 		start("emptydir", emptyPodYAML+onNode, "node", node)
 		start("ext4", join(claimYAML, podYAML+onNode), "node", node, "class", "orlop", "size", "1Gi")
 		start("xfs", join(claimYAML, podYAML+onNode), "node", node, "class", "orlop-xfs", "size", "1Gi")
 		start("block", join(blockClaimYAML, strings.Replace(blockPodYAML, "/dev/data", "/data/file", 1)+onNode), "node", node, "class", "orlop", "size", "1Gi")
-		if i == 0 {
+		if round == 0 {
 			clear(took) // the first is not like the rest
 		}
 	}

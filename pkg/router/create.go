@@ -112,8 +112,8 @@ func (s *Server) sourceOwner(ctx context.Context, source *csi.VolumeContentSourc
 // pool.ErrUnavailable.
 func find[T any](ctx context.Context, members []member, what string, call func(context.Context, member) (*T, error)) (*T, error) {
 	answers := ask(ctx, members, call)
-	if ctx.Err() != nil {
-		return nil, ctx.Err()
+	if err := ended(ctx); err != nil {
+		return nil, err
 	}
 	var refused, unclear error
 	for _, a := range answers {
@@ -139,8 +139,8 @@ func place(ctx context.Context, members []member, owner string, r *csi.CreateVol
 			Parameters:         r.GetParameters(),
 		})
 	})
-	if ctx.Err() != nil {
-		return nil, ctx.Err()
+	if err := ended(ctx); err != nil {
+		return nil, err
 	}
 	var unclear error
 	for _, a := range answers {

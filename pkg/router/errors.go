@@ -3,6 +3,7 @@ package router
 import (
 	"context"
 	"fmt"
+	"time"
 
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -17,7 +18,7 @@ func at(ctx context.Context, m member, err error) error {
 	}
 	s := status.Convert(err)
 	code := s.Code()
-	if ctx.Err() == nil && (code == codes.DeadlineExceeded || code == codes.Canceled) {
+	if ended(ctx) == nil && (code == codes.DeadlineExceeded || code == codes.Canceled) {
 		code = codes.Unavailable
 	}
 	return status.Error(code, fmt.Sprintf("node %s: %s", m.Segment, s.Message()))
@@ -26,6 +27,19 @@ func at(ctx context.Context, m member, err error) error {
 // said is the message of a node's answer, for an error that has another code: a
 // status that is wrapped would bring its own along.
 func said(err error) string { return status.Convert(err).Message() }
+
+// sameDeadline is how much earlier than here a deadline can be over for a node,
+// which is told of it and counts for itself.
+const sameDeadline = 50 * time.Millisecond
+
+// ended tells why the caller waits no longer, or is as good as gone; nil if it
+// still waits.
+func ended(ctx context.Context) error {
+	if deadline, ok := ctx.Deadline(); ok && ctx.Err() == nil && time.Until(deadline) < sameDeadline {
+		return context.DeadlineExceeded
+	}
+	return ctx.Err()
+}
 
 // is reports whether a node answered with a code.
 func is(err error, code codes.Code) bool { return status.Code(err) == code }

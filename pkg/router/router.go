@@ -103,8 +103,8 @@ func (s *Server) owner(ctx context.Context, id string) (member, error) {
 			unanswered = pool.Errorf(pool.ErrUnavailable, "node %s, which made %s, %s, and whether another has the disk is unknown: %s", parsed.Node, id, what, said(a.err))
 		}
 	}
-	if ctx.Err() != nil {
-		return member{}, ctx.Err()
+	if err := ended(ctx); err != nil {
+		return member{}, err
 	}
 	if unanswered != nil {
 		return member{}, unanswered

@@ -75,7 +75,7 @@ test-sanity: need-root need-filesystems ## The upstream csi-sanity suite against
 
 .PHONY: e2e
 e2e: need-cluster ## Tests on a Kubernetes of three nodes; FOCUS=TestX selects, KEEP=1 keeps the cluster (root)
-	@scripts/e2e $(or $(FOCUS),.)
+	@scripts/e2e '$(or $(FOCUS),.)'
 
 .PHONY: e2e-smoke
 e2e-smoke: need-cluster ## The short ones of e2e (root)

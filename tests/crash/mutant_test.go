@@ -28,18 +28,13 @@ var mutants = []struct {
 		"CreateVolumeGroupSnapshot, with a block volume of a pod", "the pod is frozen",
 	},
 	{
-		"what there is of a group is not removed at the start", "pool/image/cuts.go",
-		"if !strings.HasPrefix(entry.Name(), groupMark) {", "if strings.HasPrefix(entry.Name(), \"\") {",
-		"CreateVolumeGroupSnapshot, of live volumes", "h-",
-	},
-	{
 		"what was being made is not removed at the start", "pool/image/recover.go",
 		"if err := remove(at); err != nil {", "if err := error(nil); remove == nil && err != nil {",
 		"start, after a crash", "not removed",
 	},
 	{
 		"a volume is made among the others", "pool/image/volume.go",
-		`s.at = path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir))`, `s.at = path.Join(path.Dir(dir), "new-"+path.Base(dir))`,
+		`path.Join(stagingDir, path.Dir(dir)+"-"+path.Base(dir))`, `path.Join(path.Dir(dir), "new-"+path.Base(dir))`,
 		"CreateVolume, empty", "MetadataDamaged",
 	},
 	{

@@ -117,7 +117,6 @@ func TestCreateVolumeRefusesAndAltersNothing(t *testing.T) {
 		{"a limit of nothing", ctlRequest("v", limParameters("readIOPS", "0")), codes.InvalidArgument, []string{"readIOPS"}},
 		{"a limit among the parameters of the class", ctlRequest("v", harness.Parameters("readIOPS", "100")), codes.InvalidArgument, []string{"readIOPS"}},
 		{"a source that names nothing", ctlRequest("v", func(r *csi.CreateVolumeRequest) { r.VolumeContentSource = &csi.VolumeContentSource{} }), codes.InvalidArgument, []string{"volume_content_source"}},
-		{"a source in another pool", ctlRequest("v", ctlRequired(0), harness.FromVolume(source), harness.Parameters("pool", "other")), codes.InvalidArgument, []string{"default", "other"}},
 
 		// Sizes that cannot be.
 		{"a negative size", ctlRequest("v", ctlRequired(-1)), codes.OutOfRange, []string{"negative"}},
@@ -571,7 +570,7 @@ func TestTheCapabilitiesClaimedAreThoseThatAre(t *testing.T) {
 		}
 	}
 	slices.Sort(got)
-	want = []string{"CONTROLLER_SERVICE", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "expansion ONLINE"}
+	want = []string{"CONTROLLER_SERVICE", "GROUP_CONTROLLER_SERVICE", "SNAPSHOT_ACCESSIBILITY_CONSTRAINTS", "SNAPSHOT_METADATA_SERVICE", "VOLUME_ACCESSIBILITY_CONSTRAINTS", "expansion ONLINE"}
 	if !slices.Equal(got, want) {
 		t.Errorf("the plugin claims %v, want %v", got, want)
 	}

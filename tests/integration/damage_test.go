@@ -130,7 +130,7 @@ func TestAVolumeWithDamagedMetadataIsLeftAlone(t *testing.T) {
 		health, err := d.ControllerGetVolumeHealth(d.Context(), &csi.ControllerGetVolumeHealthRequest{VolumeId: id})
 		ctlWant(t, name+": its health", err, codes.OK)
 		if statuses := health.GetVolumeHealth().GetHealthStatuses(); len(statuses) != 1 || statuses[0].GetReason() != "MetadataDamaged" ||
-			statuses[0].GetStatus() != csi.VolumeHealthErrorType_INACCESSIBLE || !strings.Contains(statuses[0].GetMessage(), filepath.Join(dir, "volumes", name)) {
+			statuses[0].GetStatus() != csi.VolumeHealthErrorType_INACCESSIBLE || !strings.Contains(statuses[0].GetMessage(), "restore its volume.json") {
 			t.Errorf("%s: its health is %v", name, health)
 		}
 		for _, c := range []ctlCall{

@@ -111,11 +111,8 @@ func TestGroupSnapshot(t *testing.T) {
 			return nil
 		})
 		least := counted()
-		members := s.cutGroup(fmt.Sprintf("group-%d", round), s.name)
+		members := s.cutGroup(fmt.Sprintf("group-%d", round), s.name, 3)
 		most := counted() + 1
-		if len(members) != 3 {
-			t.Fatalf("the group has %v, of three claims", members)
-		}
 		restored := func(claim string) string { return fmt.Sprintf("%s-%d", claim, round) }
 		s.apply(join(restoreYAML, podYAML+onNode), "node", node, "restored", restored("data"), "class", "orlop", "size", "64Mi", "snapshot", members["data"], "claim", restored("data"), "pod", restored("data"))
 		s.apply(join(strings.TrimSuffix(restoreYAML, "\n")+"\n  volumeMode: Block\n", blockPodYAML+onNode), "node", node, "restored", restored("raw"), "class", "orlop", "size", "64Mi", "snapshot", members["raw"], "claim", restored("raw"), "pod", restored("raw"))
@@ -146,23 +143,30 @@ func TestGroupSnapshot(t *testing.T) {
 	})
 }
 
-// cutGroup cuts a group of all claims of the space that are labelled, and gives
-// its snapshots by their claims.
-func (s *space) cutGroup(name, class string) map[string]string {
+// cutGroup cuts a group of all claims of the space that are labelled, of which
+// there are so many, and gives its snapshots by their claims.
+func (s *space) cutGroup(name, class string, claims int) map[string]string {
 	s.Helper()
 	s.apply(groupYAML, "group", name, "class", class, "label", s.name)
 	await(s.T, s.in(groupSnapshots), name, "ready to use", func(o *groupSnapshot) (bool, error) {
 		return o != nil && o.Status.ReadyToUse, nil
 	})
-	all, err := s.in(snapshots).List(context.Background(), metav1.ListOptions{})
-	must(s.T, err)
 	members := map[string]string{}
-	for _, o := range all.Items {
-		m := as[member](s.T, &o)
-		if m.Status.VolumeGroupSnapshotName == name {
-			members[m.Spec.Source.PersistentVolumeClaimName] = m.Name
+	// A snapshot is told a little after the group that it belongs to it.
+	eventually(s.T, fmt.Sprintf("group %s has snapshots of %d claims", name, claims), func() error {
+		all, err := s.in(snapshots).List(context.Background(), metav1.ListOptions{})
+		must(s.T, err)
+		for _, o := range all.Items {
+			m := as[member](s.T, &o)
+			if m.Status.VolumeGroupSnapshotName == name {
+				members[m.Spec.Source.PersistentVolumeClaimName] = m.Name
+			}
 		}
-	}
+		if len(members) != claims {
+			return fmt.Errorf("it has %v", members)
+		}
+		return nil
+	})
 	return members
 }
 

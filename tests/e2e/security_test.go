@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"bytes"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -21,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/net/http2"
 	authentication "k8s.io/api/authentication/v1"
 	authorization "k8s.io/api/authorization/v1"
 	certificates "k8s.io/api/certificates/v1"
@@ -337,6 +339,14 @@ func TestPeersAreRefused(t *testing.T) {
 			if uris := conn.ConnectionState().PeerCertificates[0].URIs; len(uris) != 1 || uris[0].String() != "orlop://node/"+nodes[1] {
 				t.Errorf("the node shows itself as %v", uris)
 			}
+			if keys == &stolen {
+				// A node may connect, to read what it has a ticket for. What
+				// the router calls, it may not.
+				if status := listVolumes(t, conn); status != permissionDenied {
+					t.Errorf("ListVolumes by another node has gRPC status %q, want %s", status, permissionDenied)
+				}
+				continue
+			}
 			_, err = conn.Read(make([]byte, 1))
 		}
 		var alert tls.AlertError
@@ -365,4 +375,27 @@ func forged(t testing.TB, uri string) *tls.Certificate {
 	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
 	must(t, err)
 	return &tls.Certificate{Certificate: [][]byte{der}, PrivateKey: key}
+}
+
+// permissionDenied is the gRPC status code PERMISSION_DENIED.
+const permissionDenied = "7"
+
+// listVolumes makes a CSI call over a connection and gives its gRPC status code.
+func listVolumes(t testing.TB, conn net.Conn) string {
+	t.Helper()
+	h2, err := (&http2.Transport{}).NewClientConn(conn)
+	must(t, err)
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, "https://node/csi.v1.Controller/ListVolumes", bytes.NewReader(make([]byte, 5))) // an empty message
+	must(t, err)
+	request.Header.Set("Content-Type", "application/grpc")
+	request.Header.Set("TE", "trailers")
+	response, err := h2.RoundTrip(request)
+	must(t, err)
+	defer response.Body.Close()
+	_, err = io.Copy(io.Discard, response.Body)
+	must(t, err)
+	if status := response.Trailer.Get("Grpc-Status"); status != "" {
+		return status
+	}
+	return response.Header.Get("Grpc-Status")
 }

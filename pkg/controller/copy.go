@@ -109,6 +109,7 @@ func (s *Server) local(ctx context.Context, requestName string, from *elsewhere,
 	return &pool.Remote{
 		Size:    snapshot.Size,
 		Content: snapshot.Content,
+		Created: snapshot.Created.UnixNano(),
 		Read: func(ctx context.Context, offset int64) iter.Seq2[pool.Piece, error] {
 			return func(yield func(pool.Piece, error) bool) {
 				for piece, err := range engine.Read(ctx, snapshot.Name, offset) {

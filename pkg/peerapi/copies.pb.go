@@ -170,7 +170,10 @@ type Description struct {
 	// Of the snapshot, in bytes.
 	Size int64 `protobuf:"varint,1,opt,name=size,proto3" json:"size,omitempty"`
 	// What is known of its bytes; see pool.Content.
-	Content       string `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	Content string `protobuf:"bytes,2,opt,name=content,proto3" json:"content,omitempty"`
+	// When it was cut, in nanoseconds since 1970 UTC. Another snapshot can have
+	// taken its ID.
+	Created       int64 `protobuf:"varint,3,opt,name=created,proto3" json:"created,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -217,6 +220,13 @@ func (x *Description) GetContent() string {
 		return x.Content
 	}
 	return ""
+}
+
+func (x *Description) GetCreated() int64 {
+	if x != nil {
+		return x.Created
+	}
+	return 0
 }
 
 type Piece struct {
@@ -366,10 +376,11 @@ const file_copies_proto_rawDesc = "" +
 	"\fReadResponse\x12>\n" +
 	"\vdescription\x18\x01 \x01(\v2\x1a.orlop.peer.v1.DescriptionH\x00R\vdescription\x12,\n" +
 	"\x05piece\x18\x02 \x01(\v2\x14.orlop.peer.v1.PieceH\x00R\x05pieceB\x06\n" +
-	"\x04part\";\n" +
+	"\x04part\"U\n" +
 	"\vDescription\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\x12\x18\n" +
-	"\acontent\x18\x02 \x01(\tR\acontent\"O\n" +
+	"\acontent\x18\x02 \x01(\tR\acontent\x12\x18\n" +
+	"\acreated\x18\x03 \x01(\x03R\acreated\"O\n" +
 	"\x05Piece\x12\x16\n" +
 	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x12\n" +
 	"\x04data\x18\x02 \x01(\fR\x04data\x12\x1a\n" +

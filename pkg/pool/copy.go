@@ -10,6 +10,7 @@ import (
 type Remote struct {
 	Size    int64   // bytes
 	Content Content // of the volume when it was cut
+	Created int64   // when it was cut, nanoseconds since 1970 UTC: with the source, its identity
 	// Read gives what the snapshot has from an offset on, in ascending order;
 	// what it does not give reads as zeros. A piece is good until the next.
 	Read func(ctx context.Context, offset int64) iter.Seq2[Piece, error]

@@ -55,8 +55,9 @@ func (c *Copy) Remote(ctx context.Context) (remote *pool.Remote, done func(), er
 	return &pool.Remote{
 		Size:    description.GetSize(),
 		Content: pool.Content(description.GetContent()),
+		Created: description.GetCreated(),
 		Read: func(ctx context.Context, offset int64) iter.Seq2[pool.Piece, error] {
-			return func(yield func(pool.Piece, error) bool) { c.read(ctx, client, offset, yield) }
+			return func(yield func(pool.Piece, error) bool) { c.read(ctx, client, description.GetCreated(), offset, yield) }
 		},
 	}, done, nil
 }
@@ -80,13 +81,13 @@ func open(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyO
 // read gives the pieces of a snapshot on another node. A connection that breaks,
 // and a node that is restarted, are waited for: for as long as somebody asks for
 // the volume.
-func (c *Copy) read(ctx context.Context, client peerapi.CopiesClient, offset int64, yield func(pool.Piece, error) bool) {
+func (c *Copy) read(ctx context.Context, client peerapi.CopiesClient, created, offset int64, yield func(pool.Piece, error) bool) {
 	pause, corrupt := firstPause, 0
 	for {
 		c.mu.Lock()
 		order := c.order
 		c.mu.Unlock()
-		at, wanted, err := c.stream(ctx, client, order, offset, yield)
+		at, wanted, err := c.stream(ctx, client, order, created, offset, yield)
 		if err == nil || !wanted {
 			return
 		}
@@ -113,12 +114,15 @@ func (c *Copy) read(ctx context.Context, client peerapi.CopiesClient, offset int
 }
 
 // stream gives the pieces that one stream brings, and tells how far it came.
-func (c *Copy) stream(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyOrder, offset int64, yield func(pool.Piece, error) bool) (at int64, wanted bool, err error) {
+func (c *Copy) stream(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyOrder, created, offset int64, yield func(pool.Piece, error) bool) (at int64, wanted bool, err error) {
 	ctx, end := context.WithCancel(ctx)
 	defer end()
 	description, stream, err := open(ctx, client, order, offset)
 	if err != nil {
 		return offset, true, err
+	}
+	if description.GetCreated() != created {
+		return offset, true, pool.Errorf(pool.ErrUnavailable, "snapshot %s on node %s is not the one any more that the copy began with: it begins anew with the next call", order.GetSnapshotId(), order.GetNode())
 	}
 	c.Advance(offset, description.GetSize())
 	for {

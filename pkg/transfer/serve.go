@@ -52,7 +52,7 @@ func (s *Server) Read(r *peerapi.ReadRequest, out grpc.ServerStreamingServer[pee
 	s.used.Use(snapshot.Name)
 	defer s.used.Use(snapshot.Name)
 	if err := out.Send(&peerapi.ReadResponse{Part: &peerapi.ReadResponse_Description{Description: &peerapi.Description{
-		Size: snapshot.Size, Content: string(snapshot.Content),
+		Size: snapshot.Size, Content: string(snapshot.Content), Created: snapshot.Created.UnixNano(),
 	}}}); err != nil {
 		return err
 	}

@@ -22,6 +22,8 @@ import (
 
 	"github.com/orlop-csi/orlop/pkg/peer"
 	"github.com/orlop-csi/orlop/pkg/peerapi"
+	"github.com/orlop-csi/orlop/pkg/pool"
+	"github.com/orlop-csi/orlop/pkg/request"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
@@ -267,6 +269,44 @@ func TestWhatACopyHasBroughtOutlivesTheDriverForAWhile(t *testing.T) {
 		time.Sleep(50 * time.Millisecond)
 	}
 	copyGone(t, target, free)
+}
+
+// The snapshot that a clone is copied from is gone, and is cut anew by the retry,
+// after the source was written. The clone is of the later instant, all of it.
+func TestAClonesCopyIsOfOneInstant(t *testing.T) {
+	const size = 64 * dataMiB
+	f := copyFleet(t, 2, "--copy-bandwidth", "8Mi")
+	block := harness.Block(harness.Writer)
+	source := f.Create("source", size, block, onNode("node-1")).GetVolumeId()
+	device := f.Nodes[0].Use("source", source, block)
+	dataFill(t, device, size)
+	r := &csi.CreateVolumeRequest{Name: "clone", VolumeCapabilities: []*csi.VolumeCapability{block}}
+	onNode("node-2")(r)
+	harness.FromVolume(source)(r)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	_, err := f.CreateVolume(ctx, r)
+	ctlWant(t, "a copy that takes longer than the call", err, codes.DeadlineExceeded)
+	f.Nodes[1].Kill()
+	id, err := pool.ParseID(source)
+	ctlMust(t, err)
+	id.Name = pool.NameFor(request.CopyName("clone"))
+	if _, err := f.Nodes[0].GetSnapshot(f.Context(), &csi.GetSnapshotRequest{SnapshotId: id.String()}); err != nil {
+		t.Fatalf("the snapshot that the clone is copied from: %v", err)
+	}
+	deadline := time.Now().Add(time.Minute)
+	for { // the node notices that its reader is gone
+		_, err = f.Nodes[0].DeleteSnapshot(f.Context(), &csi.DeleteSnapshotRequest{SnapshotId: id.String()})
+		if status.Code(err) != codes.Aborted || time.Now().After(deadline) {
+			break
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	ctlMust(t, err)
+	later := dataFill(t, device, size)
+	f.Nodes[1].Start()
+	v, _ := copyCreate(t, f, "clone", block, 2*time.Second, onNode("node-2"), harness.FromVolume(source))
+	dataMustHold(t, f.Nodes[1].Use("clone", v.GetVolumeId(), block), size, later)
 }
 
 func TestASourceInAnotherPoolOfTheNodeIsCopied(t *testing.T) {

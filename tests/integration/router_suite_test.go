@@ -168,6 +168,7 @@ var byItself = map[string][]string{
 		"TestACopyIsAsSparseAsItsSource",
 		"TestACopyThatIsCutOffGoesOnWhereItWas",
 		"TestACopyThatNobodyAsksForIsDropped",
+		"TestAClonesCopyIsOfOneInstant",
 		"TestANodesCertificateAloneReadsNothing",
 		"TestAVolumeIsRestoredAndClonedOnAnyNode",
 		"TestWhatACopyHasBroughtOutlivesTheDriverForAWhile",

@@ -37,13 +37,16 @@ const (
 // copyRecord is the content of copy.json.
 type copyRecord struct {
 	Volume pool.Volume `json:"volume"` // as it will be
+	Cut    int64       `json:"cut"`    // when the snapshot was cut, nanoseconds since 1970 UTC
 	Done   int64       `json:"done"`   // up to this offset it is on stable storage, bytes
 }
 
-// same reports whether what arrived for one volume is good for another.
-func (r copyRecord) same(v pool.Volume) bool {
-	return r.Volume.RequestName == v.RequestName && r.Volume.Source == v.Source && r.Volume.Size == v.Size &&
-		r.Volume.Content == v.Content && r.Volume.Provisioning == v.Provisioning
+// same reports whether what arrived is good for a volume that is wanted now. A
+// volume's clone is copied from a snapshot that may have been cut anew meanwhile:
+// bytes of two instants must not come together.
+func (r copyRecord) same(v pool.Volume, cut int64) bool {
+	v.Created = r.Volume.Created
+	return r.Volume == v && r.Cut == cut
 }
 
 func copyDir(name string) string { return path.Join(stagingDir, copyPrefix+name) }
@@ -95,14 +98,14 @@ func (e *Engine) copyVolume(ctx context.Context, v pool.Volume, remote *pool.Rem
 	e.mu.Lock()
 	record, known := e.copies.get(v.Name)
 	e.mu.Unlock()
-	if known && !record.same(v) {
+	if known && !record.same(v, remote.Created) {
 		if err := e.DropCopy(v.Name); err != nil {
 			return err
 		}
 		known = false
 	}
 	if !known {
-		record = copyRecord{Volume: v}
+		record = copyRecord{Volume: v, Cut: remote.Created}
 		if err := e.beginCopy(ctx, record); err != nil {
 			return err
 		}

@@ -723,3 +723,78 @@ func ioctlRange(fd int, request uint, off, n uint64) error {
 	}
 	return nil
 }
+
+func TestAFileThatSomebodyHasOpenIsNotUnused(t *testing.T) {
+	for _, fs := range []string{"host", "ext4", "xfs", "btrfs"} {
+		t.Run(fs, func(t *testing.T) {
+			dir := t.TempDir()
+			if fs != "host" {
+				dir = mountImage(t, fs, 512)
+			}
+			data := plainFile(t, dir)
+			for _, mine := range []int{os.O_RDONLY, os.O_RDWR} {
+				file := open(t, data, mine)
+				expect := func(want bool, when string) {
+					t.Helper()
+					if got := loop.Unused(file); got != want {
+						t.Errorf("%s: %v", when, got)
+					}
+				}
+				expect(true, "open here alone")
+				for _, theirs := range []int{os.O_RDONLY, os.O_RDWR} {
+					other := open(t, file.Name(), theirs)
+					expect(false, "open twice")
+					other.Close()
+					expect(true, "closed again")
+					other = open(t, file.Name(), theirs)
+					d := attach(t, other, loop.Options{ReadOnly: theirs == os.O_RDONLY})
+					other.Close()
+					expect(false, "attached")
+					detach(t, d)
+					expect(true, "detached")
+				}
+				file.Close()
+			}
+		})
+	}
+}
+
+// plainFile makes a file that nobody has open.
+func plainFile(t *testing.T, dir string) string {
+	t.Helper()
+	path := filepath.Join(dir, "plain")
+	if err := os.WriteFile(path, make([]byte, MiB), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// Who opens the file in the instant that it is asked about gets it, and is told
+// in his turn that he is not alone.
+func TestAskingWhetherAFileIsUnusedDisturbsNobody(t *testing.T) {
+	path := plainFile(t, t.TempDir())
+	var work sync.WaitGroup
+	for range 4 {
+		work.Go(func() {
+			for range 2000 {
+				f, err := os.Open(path)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				loop.Unused(f)
+				other, err := os.Open(path)
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				if loop.Unused(f) {
+					t.Error("a file that is open twice is unused")
+				}
+				other.Close()
+				f.Close()
+			}
+		})
+	}
+	work.Wait()
+}

@@ -50,8 +50,8 @@ type Device struct {
 
 // Find returns all devices that are bound to file, whatever name it has or had:
 // the writable ones first, then by number. It asks every bound device on the
-// host, which takes about 16 µs each; a caller that remembers a Device may use
-// [Device.Check] instead.
+// host, which takes about 16 µs each; [Unused] proves in 2 µs that there is none,
+// and a caller that remembers a Device may use [Device.Check].
 //
 // A device whose backing file cannot be asked, because its filesystem was shut
 // down after an error or its server went away, is not bound to file if file can

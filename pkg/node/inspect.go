@@ -173,7 +173,7 @@ func health(ctx context.Context, engine pool.Engine, names []string, published m
 	if err != nil {
 		return nil, err
 	}
-	devices, err := engine.Attached()
+	devices, err := engine.Attached(names)
 	if err != nil {
 		return nil, err
 	}

@@ -178,14 +178,8 @@ func attachAndMount(ctx context.Context, engine pool.Engine, v pool.Volume, path
 // zeroAgain undoes a mkfs that was cut off: the volume was never mounted, so
 // that nothing in it is anybody's.
 func zeroAgain(ctx context.Context, engine pool.Engine, v pool.Volume) error {
-	devices, err := engine.Devices(v.Name)
-	if err != nil {
+	if err := detachAll(ctx, engine, v.Name); err != nil {
 		return err
-	}
-	for _, d := range devices {
-		if err := engine.Detach(ctx, v.Name, d); err != nil {
-			return err
-		}
 	}
 	return engine.Zero(ctx, v.Name)
 }
@@ -284,15 +278,17 @@ func (s *Server) NodeUnstageVolume(ctx context.Context, r *csi.NodeUnstageVolume
 	return &csi.NodeUnstageVolumeResponse{}, detachAll(ctx, engine, name)
 }
 
+// detachAll detaches a volume until the kernel knows of no device any more.
 func detachAll(ctx context.Context, engine pool.Engine, name string) error {
-	devices, err := engine.Devices(name)
-	if err != nil {
-		return err
-	}
-	for _, d := range devices {
-		if err := engine.Detach(ctx, name, d); err != nil {
+	for {
+		devices, err := engine.Devices(name)
+		if err != nil || len(devices) == 0 {
 			return err
 		}
+		for _, d := range devices {
+			if err := engine.Detach(ctx, name, d); err != nil {
+				return err
+			}
+		}
 	}
-	return nil
 }

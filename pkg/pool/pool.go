@@ -75,9 +75,9 @@ type Engine interface {
 	// tells it; the writable one first. It works for damaged volumes too, and
 	// so does Detach: their users must be able to leave.
 	Devices(name string) ([]Device, error)
-	// Attached lists the devices of all volumes that are attached, by name, as
-	// Devices does of one.
-	Attached() (map[string][]Device, error)
+	// Attached lists the devices of those of the named volumes that are
+	// attached, by name, as Devices does of one.
+	Attached(names []string) (map[string][]Device, error)
 	// Detach takes one device of the volume away once it is proven idle, else
 	// ErrInUse. All that was written to it is on stable storage before.
 	Detach(ctx context.Context, name string, device Device) error

@@ -468,6 +468,48 @@ func TestADirectorySharesItsFilesystemWithOthers(t *testing.T) {
 	near("after that", empty)
 }
 
+// What the pool's own volumes come to take was promised to them: to nobody it
+// looks as if others had taken it, whenever it was written.
+func TestWhatTheVolumesOfADirectoryTakeIsNotTakenForThatOfOthers(t *testing.T) {
+	d := harness.Start(t, harness.DirectoryPool(ctlExt4(t, ctlGiB)))
+	block := harness.Block(harness.Writer)
+	room := ctlRoom(t, d, "default")
+	expect := func(when string, change int64) {
+		t.Helper()
+		room += change
+		// The driver looks once a second; it must not think better of it.
+		for end := time.Now().Add(1200 * time.Millisecond); time.Now().Before(end); time.Sleep(100 * time.Millisecond) {
+			if got := ctlRoom(t, d, "default"); got < room-8*ctlMiB || got > room+8*ctlMiB {
+				t.Errorf("%s: room for %d bytes, want about %d", when, got, room)
+				return
+			}
+		}
+	}
+	for i := range 200 { // more than are measured again in one turn
+		d.Create(fmt.Sprintf("other-%d", i), 4096, block)
+	}
+	v := d.Create("volume", 128*ctlMiB, block).GetVolumeId()
+	expect("a volume", -128*ctlMiB)
+	f := ctlUse(t, d, "volume", v)
+	ctlFill(t, f, 64*ctlMiB, ctlMiB, 1)
+	expect("it was written", 0)
+	ctlFill(t, f, 128*ctlMiB, ctlMiB, 2)
+	ctlMust(t, f.Close())
+	d.Release("volume", v)
+	expect("it was written and released", 0)
+	d.Restart()
+	_, err := d.ControllerExpandVolume(d.Context(), ctlExpand(v, 256*ctlMiB, 0))
+	ctlMust(t, err)
+	expect("it grew", -128*ctlMiB)
+	d.Delete(v)
+	room += 256 * ctlMiB // its space is freed in the background
+	for end := time.Now().Add(20 * time.Second); ctlRoom(t, d, "default") < room-8*ctlMiB; time.Sleep(50 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("it was deleted: room for %d bytes, want about %d", ctlRoom(t, d, "default"), room)
+		}
+	}
+}
+
 // ctlZeros reads as zeros without end.
 type ctlZeros struct{}
 

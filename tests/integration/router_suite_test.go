@@ -26,6 +26,7 @@ var behindRouter = []func(*testing.T){
 	TestReserveAndOvercommitDecideWhatIsPromised,
 	TestGetCapacityTellsWhatCanBeMade,
 	TestADirectorySharesItsFilesystemWithOthers,
+	TestWhatTheVolumesOfADirectoryTakeIsNotTakenForThatOfOthers,
 	TestASourceInAnotherPoolOfTheNodeIsCopied,
 
 	TestAConflictingCallIsAborted,

@@ -4,12 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
 	"os"
 	"path"
 	"slices"
 	"strings"
-	"syscall"
+	"sync"
 
 	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/pkg/loop"
@@ -31,7 +30,7 @@ func (e *Engine) Attach(_ context.Context, name string, readOnly bool) (pool.Dev
 		return pool.Device{}, err
 	}
 	defer data.Close()
-	devices, err := loop.Find(data)
+	devices, err := e.attachedTo(name, data, readOnly)
 	if err != nil {
 		return pool.Device{}, err
 	}
@@ -61,7 +60,27 @@ func (e *Engine) Attach(_ context.Context, name string, readOnly bool) (pool.Dev
 	if err != nil {
 		return pool.Device{}, fmt.Errorf("attaching volume %s: %w", name, err)
 	}
+	e.seen.remember(name, append(devices, d)...)
 	return describe(d), nil
+}
+
+// attachedTo gives the devices of a volume's image. Where a writable one is
+// wanted, there is none that it does not give: two, and each had a page cache of
+// its own.
+func (e *Engine) attachedTo(name string, data *os.File, readOnly bool) ([]loop.Device, error) {
+	info, err := data.Stat()
+	if err != nil {
+		return nil, err
+	}
+	found, err := e.loopsOf(name, data)
+	if err != nil {
+		return nil, err
+	}
+	own := slices.DeleteFunc(found, func(d loop.Device) bool { return behind(d) != idOf(info) })
+	if readOnly || len(own) > 0 && !own[0].ReadOnly || loop.Unused(data) {
+		return own, nil
+	}
+	return loop.Find(data)
 }
 
 func describe(d loop.Device) pool.Device {
@@ -92,122 +111,18 @@ func (e *Engine) mustExist(name string) error {
 	return nil
 }
 
-// loops asks the kernel for the loop devices of a volume's image, whatever the
-// image's state: its users must be able to leave.
-func (e *Engine) loops(name string) ([]loop.Device, error) {
-	image := path.Join(volumesDir, name, dataFile)
-	data, err := e.open(image, os.O_RDONLY)
-	if err != nil { // somebody has removed it, or the pool's filesystem has failed
-		return e.loopsByPath(image)
-	}
-	defer data.Close()
-	found, err := loop.Find(data)
-	if err != nil || len(found) > 0 {
-		return found, err
-	}
-	return e.loopsByPath(image) // somebody may have put another file in its place
-}
-
-// loopsByPath finds the loop devices of an image by the path that the kernel has
-// kept of it.
-func (e *Engine) loopsByPath(image string) ([]loop.Device, error) {
-	all, err := e.bound()
-	if err != nil {
-		return nil, err
-	}
-	_, found := all.of(path.Join(e.resolved, image), nil)
-	return found, nil
-}
-
-// bound is all loop devices of the machine, for who asks for those of many
-// images.
-type bound struct {
-	pool   uint64 // the device of the pool's filesystem
-	byFile map[fileID][]loop.Device
-	byPath map[string][]loop.Device
-}
-
-// fileID is what makes a file the same one under any name.
-type fileID struct{ dev, inode uint64 }
-
-func (e *Engine) bound() (bound, error) {
-	all, err := loop.All()
-	if err != nil {
-		return bound{}, err
-	}
-	b := bound{e.device, map[fileID][]loop.Device{}, map[string][]loop.Device{}}
-	for _, d := range all {
-		id := fileID{d.BackingDev, d.BackingInode}
-		b.byFile[id] = append(b.byFile[id], d.Device)
-		at := strings.TrimSuffix(d.File, " (deleted)")
-		b.byPath[at] = append(b.byPath[at], d.Device)
-	}
-	return b, nil
-}
-
-func idOf(info fs.FileInfo) fileID {
-	st, ok := info.Sys().(*syscall.Stat_t)
-	if !ok {
-		return fileID{}
-	}
-	return fileID{uint64(st.Dev), st.Ino}
-}
-
-// of gives the devices of the image at a path: its own, and those of another
-// file that was there before. info tells what is there now; nil is nothing that
-// can be asked, and then a device whose file cannot be asked is one of them. The
-// same path may be that of another pool's image, in another mount namespace.
-func (b bound) of(image string, info fs.FileInfo) (own, others []loop.Device) {
-	var id fileID
-	if info != nil {
-		id = idOf(info)
-		own = b.byFile[id]
-	}
-	for _, d := range b.byPath[image] {
-		switch {
-		case d.BackingDev == 0: // it cannot be asked
-			if info == nil {
-				others = append(others, d)
-			}
-		case d.BackingDev == b.pool && (fileID{d.BackingDev, d.BackingInode}) != id:
-			others = append(others, d)
-		}
-	}
-	return own, others
-}
-
 // Attached implements [pool.Engine].
-func (e *Engine) Attached() (map[string][]pool.Device, error) {
-	all, err := e.bound()
-	if err != nil {
-		return nil, err
-	}
-	e.mu.Lock()
-	names := slices.Concat(e.volumes.names, e.damagedVolumes.names)
-	e.mu.Unlock()
+func (e *Engine) Attached(names []string) (map[string][]pool.Device, error) {
 	attached := map[string][]pool.Device{}
+	all := sync.OnceValues(e.bound)
 	for _, name := range names {
-		image := path.Join(volumesDir, name, dataFile)
-		info, err := e.root.Lstat(image)
+		found, err := e.loopsAmong(name, nil, all)
 		if err != nil {
-			info = nil // somebody has removed it, or the pool's filesystem has failed
-		}
-		found, others := all.of(path.Join(e.resolved, image), info)
-		if len(found) == 0 {
-			found = others
+			return nil, err
 		}
 		for _, d := range found {
 			attached[name] = append(attached[name], describe(d))
 		}
-		slices.SortStableFunc(attached[name], func(a, b pool.Device) int {
-			if a.ReadOnly == b.ReadOnly {
-				return 0
-			}
-			if a.ReadOnly {
-				return 1
-			}
-			return -1
-		})
 	}
 	return attached, nil
 }
@@ -229,6 +144,9 @@ func (e *Engine) Detach(ctx context.Context, name string, device pool.Device) er
 			return err
 		}
 		err := d.Detach(ctx)
+		if !errors.Is(err, loop.ErrBusy) {
+			e.detached(name)
+		}
 		switch {
 		case errors.Is(err, loop.ErrBusy):
 			return pool.Errorf(pool.ErrInUse, "volume %s: %w", name, err)

@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"path"
 	"sync"
 	"syscall"
 	"time"
@@ -24,10 +23,11 @@ const freeingWait = 20 * time.Second
 
 // sample is the last look at a filesystem that the pool shares with others.
 type sample struct {
-	mu    sync.Mutex
-	taken time.Time
-	total int64
-	used  int64
+	mu     sync.Mutex
+	taken  time.Time
+	total  int64
+	used   int64
+	census census
 }
 
 // fsSizes are a filesystem's sizes in bytes.
@@ -82,31 +82,6 @@ func (e *Engine) sizes() (total, used int64, err error) {
 	certain, used := e.occupied()
 	e.sample.total, e.sample.used, e.sample.taken = st.available+certain, used, time.Now()
 	return e.sample.total, e.sample.used, nil
-}
-
-// occupied adds up the blocks of the pool's files. Where files share blocks the
-// sum is too much; certain leaves out every file that may share with one that
-// it counts, so that it is never more than the pool really takes, and what
-// others take is never underrated.
-func (e *Engine) occupied() (certain, sum int64) {
-	e.mu.Lock()
-	volumes, snapshots := e.volumes.list("", 0), e.snapshots.list("", 0)
-	e.mu.Unlock()
-	for _, v := range volumes {
-		n := e.blocks(path.Join(volumesDir, v.Name, dataFile))
-		sum += n
-		if !e.info.Reflink || v.Source == (pool.Source{}) {
-			certain += n
-		}
-	}
-	for _, s := range snapshots {
-		n := e.blocks(path.Join(snapshotsDir, s.Name, dataFile))
-		sum += n
-		if !e.info.Reflink {
-			certain += n
-		}
-	}
-	return certain, sum
 }
 
 // blocks tells the bytes in blocks of a file of the pool; none if it is gone.

@@ -135,7 +135,7 @@ func (e *Engine) copyVolume(ctx context.Context, v pool.Volume, remote *pool.Rem
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	e.copies.remove(v.Name)
-	e.volumes.put(v.Name, record.Volume)
+	e.enterVolume(record.Volume)
 	return nil
 }
 

@@ -241,7 +241,7 @@ func (c *cutting) Confirm(context.Context) error {
 		e.ledger.add(charge-one.charge, pool.Thin)
 		one.charge = charge
 		e.mu.Lock()
-		e.snapshots.put(one.Name, one.snapshot)
+		e.enterSnapshot(one.snapshot)
 		e.mu.Unlock()
 	}
 	return nil

@@ -12,8 +12,8 @@
 //
 // Everything is made in .staging, brought to stable storage, and then renamed
 // into place; a deletion is a rename into .trash. The catalog in memory is read
-// from the directory at start. What is attached and mounted is never
-// remembered: the kernel is asked.
+// from the directory at start. What is attached and mounted is asked of the
+// kernel each time; what is remembered of it is only whom to ask first.
 //
 // It touches nothing outside that directory (os.Root holds it to that) but the
 // loop devices of its own files and, for a pool that has a filesystem of its
@@ -107,6 +107,7 @@ type Engine struct {
 	sample   sample
 	trash    trash
 	holds    holds
+	seen     devices
 
 	mu               sync.Mutex // guards what follows; never held across I/O
 	volumes          catalog[pool.Volume]
@@ -114,7 +115,8 @@ type Engine struct {
 	damagedVolumes   catalog[damage]
 	damagedSnapshots catalog[damage]
 	copies           catalog[copyRecord]
-	notes            map[string]string // oddities found in the pool, by path
+	notes            map[string]string   // oddities found in the pool, by path
+	touched          map[string]struct{} // directories whose image the next census measures
 }
 
 var _ pool.Engine = (*Engine)(nil)
@@ -139,6 +141,7 @@ func Open(ctx context.Context, o Options) (_ *Engine, err error) {
 		ledger:  newLedger(o.Pool.Overcommit),
 		trash:   trash{wake: make(chan struct{}, 1)},
 		notes:   map[string]string{},
+		touched: map[string]struct{}{},
 	}
 	defer func() {
 		if err != nil {

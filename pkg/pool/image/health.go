@@ -8,7 +8,9 @@ import (
 	"maps"
 	"path"
 	"slices"
+	"sync"
 
+	"github.com/orlop-csi/orlop/pkg/loop"
 	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
@@ -71,13 +73,14 @@ func (e *Engine) VolumesHealth(ctx context.Context, names []string) (map[string]
 			failed = append(failed, c)
 		}
 	}
-	devices, err := e.bound()
-	if err != nil {
-		return nil, err
-	}
+	table := sync.OnceValues(e.bound)
 	for _, name := range names {
 		found := failed
 		if len(failed) == 0 {
+			devices, err := e.loopsAmong(name, nil, table)
+			if err != nil {
+				return nil, err
+			}
 			found = e.volumeHealth(name, devices)
 		}
 		if len(found) > 0 {
@@ -87,7 +90,7 @@ func (e *Engine) VolumesHealth(ctx context.Context, names []string) (map[string]
 	return all, nil
 }
 
-func (e *Engine) volumeHealth(name string, devices bound) []pool.Condition {
+func (e *Engine) volumeHealth(name string, devices []loop.Device) []pool.Condition {
 	v, err := e.Volume(name)
 	switch {
 	case errors.Is(err, pool.ErrDamaged):
@@ -119,11 +122,10 @@ func (e *Engine) volumeHealth(name string, devices bound) []pool.Condition {
 	case info.Size() < v.Size:
 		add(pool.DataLoss, "ImageTruncated", "its image has %d bytes of %d; restore the volume from a snapshot or a backup", info.Size(), v.Size)
 	}
-	own, strangers := devices.of(path.Join(e.resolved, volumesDir, name, dataFile), info)
-	if len(strangers) > 0 {
+	if slices.ContainsFunc(devices, func(d loop.Device) bool { return d.BackingDev != 0 && behind(d) != idOf(info) }) {
 		add(pool.DataLoss, "ImageReplaced", "its user has a file that is no longer its image; save what is in it, then stop the user and start it again")
 	}
-	for _, d := range own {
+	for _, d := range devices {
 		if !d.DirectIO {
 			add(pool.Degraded, "DirectIOUnavailable", "the kernel refused direct I/O, so data passes the page cache twice; a pool with smaller blocks avoids it")
 			break

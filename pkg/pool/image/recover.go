@@ -47,7 +47,11 @@ func (e *Engine) recover(ctx context.Context) error {
 			e.note(at, "was left by a call that a crash cut off, and could not be removed: "+err.Error())
 		}
 	}
-	if err := e.scan(ctx, volumesDir, e.loadVolume); err != nil {
+	table, err := e.bound()
+	if err != nil {
+		return err
+	}
+	if err := e.scan(ctx, volumesDir, func(name string) error { return e.loadVolume(name, table) }); err != nil {
 		return err
 	}
 	if err := e.scan(ctx, snapshotsDir, e.loadSnapshot); err != nil {
@@ -132,14 +136,19 @@ func (e *Engine) scan(ctx context.Context, dir string, load func(name string) er
 
 // loadVolume reads one volume into the catalog. One that cannot be trusted is
 // kept apart; what its file takes stays promised.
-func (e *Engine) loadVolume(name string) error {
+func (e *Engine) loadVolume(name string, table bound) error {
+	image := path.Join(volumesDir, name, dataFile)
+	info, statErr := e.root.Lstat(image)
+	if statErr != nil {
+		info = nil
+	}
+	e.seen.remember(name, table.of(path.Join(e.resolved, image), info)...)
 	v, err := e.readVolume(name)
 	if err != nil {
 		e.keepApart(&e.damagedVolumes, volumesDir, name, err)
 		return nil
 	}
-	info, err := e.root.Lstat(path.Join(volumesDir, name, dataFile))
-	if err == nil && info.Mode().IsRegular() && info.Size() > v.Size && info.Size()%pool.SizeUnit == 0 {
+	if info != nil && info.Mode().IsRegular() && info.Size() > v.Size && info.Size()%pool.SizeUnit == 0 {
 		v.Size = info.Size() // a growth that a crash cut off
 		if err := e.rewrite(v); err != nil {
 			return fmt.Errorf("completing the growth of volume %s: %w", name, err)
@@ -147,7 +156,7 @@ func (e *Engine) loadVolume(name string) error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.volumes.put(name, v)
+	e.enterVolume(v)
 	e.ledger.add(v.Size, v.Provisioning)
 	return nil
 }
@@ -183,7 +192,7 @@ func (e *Engine) loadSnapshot(name string) error {
 	charge := e.blocks(path.Join(snapshotsDir, name, dataFile))
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.snapshots.put(name, snapshot{Snapshot: s, charge: charge})
+	e.enterSnapshot(snapshot{Snapshot: s, charge: charge})
 	e.ledger.add(charge, pool.Thin)
 	return nil
 }

@@ -89,7 +89,7 @@ func (e *Engine) DeleteSnapshot(_ context.Context, name string) error {
 		return fmt.Errorf("deleting snapshot %s: %w", name, err)
 	}
 	e.mu.Lock()
-	e.snapshots.remove(name)
+	e.dropSnapshot(name)
 	e.mu.Unlock()
 	e.ledger.give(s.charge, pool.Thin)
 	return nil
@@ -175,14 +175,9 @@ func (e *Engine) writableDevice(src *os.File, from *origin) (*loop.Device, error
 	if from.volume == "" {
 		return nil, nil
 	}
-	devices, err := loop.Find(src)
-	if err != nil {
+	devices, err := e.loopsOf(from.volume, src)
+	if err != nil || len(devices) == 0 || devices[0].ReadOnly {
 		return nil, err
 	}
-	for _, d := range devices {
-		if !d.ReadOnly {
-			return &d, nil
-		}
-	}
-	return nil, nil
+	return &devices[0], nil
 }

@@ -134,7 +134,10 @@ func (e *Engine) remove(dir string) error {
 	case err != nil:
 		return err
 	default:
-		devices, err := loop.Find(f)
+		var devices []loop.Device
+		if !loop.Unused(f) {
+			devices, err = loop.Find(f)
+		}
 		f.Close()
 		if err != nil {
 			return err

@@ -97,7 +97,7 @@ func (e *Engine) CreateVolume(ctx context.Context, spec pool.VolumeSpec) (pool.V
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.volumes.put(name, v)
+	e.enterVolume(v)
 	return v, nil
 }
 
@@ -337,8 +337,9 @@ func (e *Engine) DeleteVolume(_ context.Context, name string) error {
 		return fmt.Errorf("deleting volume %s: %w", name, err)
 	}
 	e.mu.Lock()
-	e.volumes.remove(name)
+	e.dropVolume(name)
 	e.mu.Unlock()
+	e.seen.remember(name)
 	e.ledger.give(v.Size, v.Provisioning)
 	return nil
 }
@@ -372,7 +373,7 @@ func (e *Engine) GrowVolume(ctx context.Context, name string, size int64) (pool.
 		// image tells the size as well, and a start heeds it.
 		e.mu.Lock()
 		defer e.mu.Unlock()
-		e.volumes.put(name, grown)
+		e.enterVolume(grown)
 		return pool.Volume{}, fmt.Errorf("recording the growth of volume %s: %w", name, err)
 	}
 	return grown, nil
@@ -411,7 +412,7 @@ func (e *Engine) rewrite(v pool.Volume) error {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	e.volumes.put(v.Name, v)
+	e.enterVolume(v)
 	return nil
 }
 
@@ -453,7 +454,7 @@ func (e *Engine) Blank(name string) (bool, error) {
 	}
 	defer data.Close()
 	// What was written through a device may be in its page cache alone.
-	devices, err := e.loops(name)
+	devices, err := e.loopsOf(name, data)
 	if err != nil {
 		return false, err
 	}
@@ -482,5 +483,8 @@ func (e *Engine) Zero(ctx context.Context, name string) error {
 	if err := extent.Zero(ctx, data, v.Provisioning == pool.Thick); err != nil {
 		return fmt.Errorf("zeroing volume %s: %w", name, err)
 	}
+	e.mu.Lock()
+	e.worked(path.Join(volumesDir, name))
+	e.mu.Unlock()
 	return data.Sync()
 }

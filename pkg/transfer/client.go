@@ -64,7 +64,7 @@ func (c *Copy) Remote(ctx context.Context) (remote *pool.Remote, done func(), er
 
 // open begins to read a snapshot.
 func open(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyOrder, offset int64) (*peerapi.Description, grpc.ServerStreamingClient[peerapi.ReadResponse], error) {
-	stream, err := client.Read(ctx, &peerapi.ReadRequest{SnapshotId: order.GetSnapshotId(), Ticket: order.GetTicket(), Offset: offset})
+	stream, err := client.Read(ctx, &peerapi.ReadRequest{SnapshotId: order.GetSnapshotId(), Ticket: order.GetTicket(), Offset: offset}, grpc.CallContentSubtype(codecName))
 	if err != nil {
 		return nil, nil, fmt.Errorf("node %s: %w", order.GetNode(), err)
 	}
@@ -125,8 +125,9 @@ func (c *Copy) stream(ctx context.Context, client peerapi.CopiesClient, order *p
 		return offset, true, pool.Errorf(pool.ErrUnavailable, "snapshot %s on node %s is not the one any more that the copy began with: it begins anew with the next call", order.GetSnapshotId(), order.GetNode())
 	}
 	c.Advance(offset, description.GetSize())
+	var response peerapi.ReadResponse // whose memory is used again
 	for {
-		response, err := stream.Recv()
+		err := stream.RecvMsg(&response)
 		if errors.Is(err, io.EOF) {
 			c.Advance(description.GetSize(), description.GetSize())
 			return offset, true, nil

@@ -27,13 +27,6 @@ const (
 	copyStepTime  = 2 * time.Second
 )
 
-// copyFlush is how much arrives before the disk is told to write it, and
-// copyAhead how much of a snapshot is read before it is wanted, in bytes.
-const (
-	copyFlush = 8 << 20
-	copyAhead = 16 << 20
-)
-
 // copyRecord is the content of copy.json.
 type copyRecord struct {
 	Volume pool.Volume `json:"volume"` // as it will be
@@ -180,40 +173,42 @@ func (e *Engine) beginCopy(ctx context.Context, record copyRecord) (err error) {
 
 // receive writes what the snapshot has to the image, and records how far it is.
 func (e *Engine) receive(ctx context.Context, data *os.File, record *copyRecord, remote *pool.Remote) error {
+	w, err := newWriteBehind(data)
+	if err != nil {
+		return err
+	}
+	defer w.close()
+	step := func(at int64) error {
+		if err := w.drain(); err != nil {
+			return err
+		}
+		return e.step(data, record, at)
+	}
 	// What arrived last is behind the record; it is written again.
 	last, at, since := time.Now(), record.Done, int64(0)
-	flushed := at
 	for piece, err := range remote.Read(ctx, record.Done) {
 		if err != nil {
-			return errors.Join(err, e.step(data, record, at))
+			return errors.Join(err, step(at))
 		}
 		end := piece.Offset + int64(len(piece.Data))
 		if piece.Offset < at || end > remote.Size {
 			return pool.Errorf(pool.ErrDamaged, "the source gave %d bytes at %d after what ends at %d, of %d bytes", len(piece.Data), piece.Offset, at, remote.Size)
 		}
-		if _, err := data.WriteAt(piece.Data, piece.Offset); err != nil {
+		if err := w.put(piece); err != nil {
 			return err
 		}
 		at, since = end, since+int64(len(piece.Data))
-		if at-flushed >= copyFlush {
-			// The disk begins to write while the next arrives, so that there
-			// is little to wait for when the file is synced.
-			if err := extent.Flush(data, flushed, at-flushed); err != nil {
-				return err
-			}
-			flushed = at
-		}
 		if since >= copyStepBytes || time.Since(last) >= copyStepTime {
-			if err := e.step(data, record, at); err != nil {
+			if err := step(at); err != nil {
 				return err
 			}
 			last, since = time.Now(), 0
 		}
 	}
-	return ctx.Err()
+	return errors.Join(ctx.Err(), w.drain())
 }
 
-// step brings what has arrived up to an offset to stable storage, and then the
+// step brings what is written up to an offset to stable storage, and then the
 // record of it.
 func (e *Engine) step(data *os.File, record *copyRecord, at int64) error {
 	if at == record.Done {
@@ -242,32 +237,12 @@ func (e *Engine) Read(ctx context.Context, snapshot string, from int64) iter.Seq
 			return
 		}
 		defer data.Close()
-		buffer := make([]byte, min(pool.PieceSize, s.Size))
-		ahead := from // up to where the disk was told to read
-		for r, err := range e.allocated(ctx, snapshot, data, from, s.Size) {
-			if err != nil {
-				yield(pool.Piece{}, err)
-				return
+		for piece, err := range readAhead(ctx, data, e.allocated(ctx, snapshot, data, from, s.Size)) {
+			if err != nil && ctx.Err() == nil {
+				err = fmt.Errorf("reading snapshot %s: %w", snapshot, err)
 			}
-			for end := r.Offset + r.Length; r.Offset < end; {
-				if ctx.Err() != nil {
-					yield(pool.Piece{}, context.Cause(ctx))
-					return
-				}
-				if ahead = max(ahead, r.Offset); ahead < end && ahead-r.Offset < copyAhead/2 {
-					next := min(end, r.Offset+copyAhead)
-					extent.ReadAhead(data, ahead, next-ahead)
-					ahead = next
-				}
-				n := min(int64(len(buffer)), end-r.Offset)
-				if _, err := data.ReadAt(buffer[:n], r.Offset); err != nil {
-					yield(pool.Piece{}, fmt.Errorf("reading snapshot %s: %w", snapshot, err))
-					return
-				}
-				if !yield(pool.Piece{Offset: r.Offset, Data: buffer[:n]}, nil) {
-					return
-				}
-				r.Offset += n
+			if !yield(piece, err) || err != nil {
+				return
 			}
 		}
 	}

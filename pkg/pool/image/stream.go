@@ -1,0 +1,179 @@
+package image
+
+import (
+	"context"
+	"iter"
+	"os"
+	"sync"
+
+	"github.com/orlop-csi/orlop/pkg/extent"
+	"github.com/orlop-csi/orlop/pkg/pool"
+)
+
+// While one block of an image goes to the network or comes from it, the disk is
+// at work on the next. These are a block's size in bytes, and how many there are:
+// the memory that each end of a copy takes.
+const (
+	blockSize  = 1 << 20
+	blockCount = 3
+)
+
+// block is some bytes of an image, in memory that direct I/O can use.
+type block struct {
+	offset int64
+	data   []byte
+	err    error
+}
+
+func newBlocks() chan []byte {
+	free := make(chan []byte, blockCount)
+	for range blockCount {
+		free <- extent.Aligned(blockSize)
+	}
+	return free
+}
+
+// readAhead reads ranges of an image. The pieces that it gives are good until the
+// next. The file must stay open until it returns.
+func readAhead(ctx context.Context, file *os.File, ranges iter.Seq2[pool.Range, error]) iter.Seq2[pool.Piece, error] {
+	return func(yield func(pool.Piece, error) bool) {
+		direct, err := extent.OpenDirect(file, os.O_RDONLY)
+		if err != nil {
+			yield(pool.Piece{}, err)
+			return
+		}
+		defer direct.Close()
+		ctx, cancel := context.WithCancel(ctx)
+		free, full := newBlocks(), make(chan block, blockCount+1) // and an error
+		defer func() {
+			cancel()
+			for range full { // until the other end has noticed
+			}
+		}()
+		go func() {
+			defer close(full)
+			for r, err := range ranges {
+				if err != nil {
+					full <- block{err: err}
+					return
+				}
+				for end := r.Offset + r.Length; r.Offset < end; {
+					select {
+					case <-ctx.Done():
+						full <- block{err: context.Cause(ctx)}
+						return
+					case data := <-free:
+						data = data[:min(blockSize, end-r.Offset)]
+						if _, err := direct.ReadAt(data, r.Offset); err != nil {
+							full <- block{err: err}
+							return
+						}
+						full <- block{offset: r.Offset, data: data}
+						r.Offset += int64(len(data))
+					}
+				}
+			}
+		}()
+		for b := range full {
+			if b.err != nil {
+				yield(pool.Piece{}, b.err)
+				return
+			}
+			for at := 0; at < len(b.data); at += pool.PieceSize {
+				piece := b.data[at:min(at+pool.PieceSize, len(b.data))]
+				if !yield(pool.Piece{Offset: b.offset + int64(at), Data: piece}, nil) {
+					return
+				}
+			}
+			free <- b.data[:blockSize]
+		}
+	}
+}
+
+// writeBehind writes to an image, in order, what is put into it, while the next
+// arrives.
+type writeBehind struct {
+	direct *extent.Direct
+	free   chan []byte
+	full   chan block
+	ended  chan struct{}
+	next   block // what is being filled
+
+	mu  sync.Mutex
+	err error // the first
+}
+
+// newWriteBehind begins to write to a file. close must be called in the end.
+func newWriteBehind(file *os.File) (*writeBehind, error) {
+	direct, err := extent.OpenDirect(file, os.O_RDWR)
+	if err != nil {
+		return nil, err
+	}
+	w := &writeBehind{direct: direct, free: newBlocks(), full: make(chan block, blockCount), ended: make(chan struct{})}
+	go w.write()
+	return w, nil
+}
+
+func (w *writeBehind) write() {
+	defer close(w.ended)
+	for b := range w.full {
+		if w.failed() == nil {
+			if _, err := w.direct.WriteAt(b.data, b.offset); err != nil {
+				w.mu.Lock()
+				w.err = err
+				w.mu.Unlock()
+			}
+		}
+		w.free <- b.data[:blockSize]
+	}
+}
+
+func (w *writeBehind) failed() error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	return w.err
+}
+
+// put takes some bytes. An error may be that of earlier ones.
+func (w *writeBehind) put(p pool.Piece) error {
+	for len(p.Data) > 0 {
+		if n := len(w.next.data); n == blockSize || n > 0 && w.next.offset+int64(n) != p.Offset {
+			w.flush()
+		}
+		if w.next.data == nil {
+			w.next = block{offset: p.Offset, data: (<-w.free)[:0]}
+		}
+		n := min(blockSize-len(w.next.data), len(p.Data))
+		w.next.data = append(w.next.data, p.Data[:n]...)
+		p.Data, p.Offset = p.Data[n:], p.Offset+int64(n)
+	}
+	return w.failed()
+}
+
+func (w *writeBehind) flush() {
+	if w.next.data != nil {
+		w.full <- w.next
+		w.next = block{}
+	}
+}
+
+// drain waits until all that was put is written. It is not on stable storage
+// before the file is synced.
+func (w *writeBehind) drain() error {
+	w.flush()
+	all := make([][]byte, 0, blockCount)
+	for range blockCount {
+		all = append(all, <-w.free)
+	}
+	for _, data := range all {
+		w.free <- data
+	}
+	return w.failed()
+}
+
+// close ends it. What was not drained may not be written.
+func (w *writeBehind) close() {
+	close(w.full)
+	<-w.ended
+	_ = w.direct.Close() // the file's own close and sync tell
+}

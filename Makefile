@@ -61,9 +61,9 @@ test-router: need-root need-filesystems ## The integration tests a second time, 
 	go test -race -tags integration -count=1 -timeout 60m -run '^TestRouterPassesTheSuite$$' -v ./tests/integration
 
 .PHONY: crash
-crash: need-root need-filesystems ## Kill the driver at every point of every operation; test-integration does so at every 12th (root)
+crash: need-root need-filesystems ## Kill the driver, and have the power fail, at every point of every operation; test-integration does so at some (root)
 	@scripts/install gcc
-	ORLOP_CRASH_EVERY=1 go test -race -tags integration -count=1 -timeout 30m -v ./tests/crash
+	ORLOP_CRASH_EVERY=1 go test -race -tags integration -count=1 -timeout 90m -v ./tests/crash
 
 .PHONY: test-vm
 test-vm: need-root ## Integration tests on Linux 6.1 in an emulated machine; VM='./pkg/loop -run Detach' selects (root, slow)

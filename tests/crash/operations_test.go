@@ -30,8 +30,15 @@ type operation struct {
 	call    func(ctx context.Context, w *world) error // nil is the start of the driver
 	check   func(w *world)                            // looks at the data after the call, and may use the volume
 	undo    func(w *world)                            // takes away what prepare and call made, however far the call got
+	follow  func(w *world)                            // makes up for what a failure of the power brings forward
+	revive  func(w *world)                            // does again what a failure of the power has undone of prepare and once
 	ends    bool                                      // the call takes something away: to give it up is to repeat it
 	most    int                                       // tries no points after this one; 0 is all
+
+	shares   bool // blocks: not in a pool on a filesystem that cannot
+	copies   bool // bytes: only in such a pool
+	fleeting bool // it makes mounts and devices, which no failure of the power outlives
+	sample   bool // the power fails in it also where not all is tried
 }
 
 var (
@@ -48,10 +55,11 @@ const inlineID = "csi-0123456789abcdef0123456789abcdef0123456789abcdef0123456789
 // "cut".
 var operations = []operation{
 	{
-		name:  "CreateVolume, empty",
-		call:  create(64*mib, ext4),
-		check: func(w *world) { w.blank("v", ext4) },
-		undo:  goneV,
+		name:   "CreateVolume, empty",
+		sample: true,
+		call:   create(64*mib, ext4),
+		check:  func(w *world) { w.blank("v", ext4) },
+		undo:   goneV,
 	},
 	{
 		name:  "CreateVolume, thick",
@@ -60,21 +68,24 @@ var operations = []operation{
 		undo:  goneV,
 	},
 	{
-		name:  "CreateVolume, from a snapshot",
-		once:  func(w *world) { w.source("source", 64*mib, ext4); w.cut() },
-		call:  copyOfSnapshot(64*mib, ext4),
-		check: func(w *world) { w.copied("v", ext4) },
-		undo:  goneV,
+		name:   "CreateVolume, from a snapshot",
+		shares: true,
+		once:   func(w *world) { w.source("source", 64*mib, ext4); w.cut() },
+		call:   copyOfSnapshot(64*mib, ext4),
+		check:  func(w *world) { w.copied("v", ext4) },
+		undo:   goneV,
 	},
 	{
-		name:  "CreateVolume, from a snapshot, thick",
-		once:  func(w *world) { w.source("source", 64*mib, ext4); w.cut() },
-		call:  copyOfSnapshot(64*mib, ext4, harness.Parameters("provisioning", "thick")),
-		check: func(w *world) { w.thick("v", 64*mib); w.copied("v", ext4) },
-		undo:  goneV,
+		name:   "CreateVolume, from a snapshot, thick",
+		shares: true,
+		once:   func(w *world) { w.source("source", 64*mib, ext4); w.cut() },
+		call:   copyOfSnapshot(64*mib, ext4, harness.Parameters("provisioning", "thick")),
+		check:  func(w *world) { w.thick("v", 64*mib); w.copied("v", ext4) },
+		undo:   goneV,
 	},
 	{
 		name:    "CreateVolume, from a live volume",
+		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
 		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
 		call: func(ctx context.Context, w *world) error {
@@ -82,6 +93,50 @@ var operations = []operation{
 		},
 		check: func(w *world) { w.copied("v", ext4) },
 		undo:  goneV,
+	},
+	{
+		name:   "CreateVolume, from a snapshot, by copying",
+		copies: true,
+		once:   func(w *world) { w.rest("source", 64*mib, ext4); w.must(snapshot(w.Context(), w)) },
+		call:   copyOfSnapshot(64*mib, ext4),
+		check:  func(w *world) { w.use("v", ext4); w.holds("v", "source") },
+		undo:   goneV,
+	},
+	{
+		name:   "CreateVolume, from a volume, thick, by copying",
+		sample: true,
+		copies: true,
+		once:   func(w *world) { w.rest("source", 64*mib, ext4) },
+		call: func(ctx context.Context, w *world) error {
+			return create(64*mib, ext4, harness.FromVolume(w.id("source")), harness.Parameters("provisioning", "thick"))(ctx, w)
+		},
+		check: func(w *world) { w.thick("v", 64*mib); w.use("v", ext4); w.holds("v", "source") },
+		undo:  goneV,
+	},
+	{
+		name:   "CreateSnapshot, by copying",
+		sample: true,
+		copies: true,
+		once:   func(w *world) { w.rest("source", 64*mib, ext4) },
+		call:   snapshot,
+		check: func(w *world) {
+			w.must(copyOfSnapshot(64*mib, ext4)(w.Context(), w))
+			w.use("v", ext4)
+			w.holds("v", "source")
+			goneV(w)
+		},
+		undo: func(w *world) { w.uncut("cut") },
+	},
+	{
+		name:    "DeleteSnapshot, of a copy",
+		copies:  true,
+		once:    func(w *world) { w.rest("source", 64*mib, ext4) },
+		prepare: func(w *world) { w.must(snapshot(w.Context(), w)) },
+		call: func(ctx context.Context, w *world) error {
+			_, err := w.DeleteSnapshot(ctx, &csi.DeleteSnapshotRequest{SnapshotId: w.id("cut")})
+			return err
+		},
+		ends: true,
 	},
 	{
 		name:    "DeleteVolume",
@@ -94,6 +149,8 @@ var operations = []operation{
 	},
 	{
 		name:    "CreateSnapshot, of a live volume",
+		sample:  true,
+		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
 		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
 		call:    snapshot,
@@ -106,6 +163,7 @@ var operations = []operation{
 	},
 	{
 		name:    "CreateSnapshot, of a live block volume",
+		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, block) },
 		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
 		call:    snapshot,
@@ -118,6 +176,7 @@ var operations = []operation{
 	},
 	{
 		name:    "DeleteSnapshot",
+		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
 		prepare: func(w *world) { w.cut() },
 		call: func(ctx context.Context, w *world) error {
@@ -128,6 +187,7 @@ var operations = []operation{
 	},
 	{
 		name:    "CreateVolumeGroupSnapshot, of live volumes",
+		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
 		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
 		call:    groupSnapshot,
@@ -139,13 +199,15 @@ var operations = []operation{
 		undo: func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
 	},
 	{
-		name: "CreateVolumeGroupSnapshot, with a block volume of a pod",
-		once: func(w *world) { w.inPod("raw") },
-		call: groupSnapshot,
-		undo: func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
+		name:   "CreateVolumeGroupSnapshot, with a block volume of a pod",
+		shares: true,
+		once:   func(w *world) { w.inPod("raw") },
+		call:   groupSnapshot,
+		undo:   func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
 	},
 	{
 		name:    "DeleteVolumeGroupSnapshot",
+		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
 		prepare: func(w *world) { w.must(groupSnapshot(w.Context(), w)) },
 		call:    func(ctx context.Context, w *world) error { return w.ungroup(ctx) },
@@ -153,6 +215,8 @@ var operations = []operation{
 	},
 	{
 		name:    "ControllerExpandVolume, thin, in use",
+		follow:  func(w *world) { w.must(nodeExpand(w.Context(), w)) }, // to stage it does so
+		revive:  func(w *world) { w.use("v", xfs) },
 		prepare: func(w *world) { w.Create("v", 320*mib, xfs); w.use("v", xfs); w.note("v") },
 		call:    expand(400 * mib),
 		check:   func(w *world) { w.must(nodeExpand(w.Context(), w)); w.spans("v", 400*mib); w.holds("v", "v") },
@@ -171,7 +235,8 @@ var operations = []operation{
 		undo:  goneV,
 	},
 	{
-		name: "ControllerModifyVolume, in use",
+		name:   "ControllerModifyVolume, in use",
+		revive: func(w *world) { w.use("v", ext4) },
 		prepare: func(w *world) {
 			w.Create("v", 64*mib, ext4, func(r *csi.CreateVolumeRequest) {
 				r.MutableParameters = map[string]string{"readIOPS": "1k"}
@@ -195,21 +260,25 @@ var operations = []operation{
 		undo: goneV,
 	},
 	{
-		name:    "NodeStageVolume, the first, ext4",
-		prepare: func(w *world) { w.Create("v", 64*mib, ext4); w.Staging("v") },
-		call:    stage(ext4),
-		check:   func(w *world) { w.blank("v", ext4) },
-		undo:    goneV,
+		name:     "NodeStageVolume, the first, ext4",
+		fleeting: true,
+		sample:   true,
+		prepare:  func(w *world) { w.Create("v", 64*mib, ext4); w.Staging("v") },
+		call:     stage(ext4),
+		check:    func(w *world) { w.blank("v", ext4) },
+		undo:     goneV,
 	},
 	{
-		name:    "NodeStageVolume, the first, XFS",
-		prepare: func(w *world) { w.Create("v", 320*mib, xfs); w.Staging("v") },
-		call:    stage(xfs),
-		check:   func(w *world) { w.blank("v", xfs) },
-		undo:    goneV,
+		name:     "NodeStageVolume, the first, XFS",
+		fleeting: true,
+		prepare:  func(w *world) { w.Create("v", 320*mib, xfs); w.Staging("v") },
+		call:     stage(xfs),
+		check:    func(w *world) { w.blank("v", xfs) },
+		undo:     goneV,
 	},
 	{
-		name: "NodeStageVolume, the first, ext4, thick",
+		name:     "NodeStageVolume, the first, ext4, thick",
+		fleeting: true,
 		prepare: func(w *world) {
 			w.Create("v", 64*mib, ext4, harness.Parameters("provisioning", "thick"))
 			w.Staging("v")
@@ -219,16 +288,19 @@ var operations = []operation{
 		undo:  goneV,
 	},
 	{
-		name:    "NodeStageVolume, again",
-		once:    func(w *world) { w.rest("v", 64*mib, ext4) },
-		prepare: func(w *world) { w.Staging("v") },
-		call:    stage(ext4),
-		check:   func(w *world) { w.must(publish(ext4, false)(w.Context(), w)); w.holds("v", "v") },
-		undo:    func(w *world) { w.leave("v", w.id("v")) },
+		name:     "NodeStageVolume, again",
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, ext4) },
+		prepare:  func(w *world) { w.Staging("v") },
+		call:     stage(ext4),
+		check:    func(w *world) { w.must(publish(ext4, false)(w.Context(), w)); w.holds("v", "v") },
+		undo:     func(w *world) { w.leave("v", w.id("v")) },
 	},
 	{
-		name: "NodeStageVolume, of a larger restore, XFS",
-		once: func(w *world) { w.source("source", 320*mib, xfs); w.cut() },
+		name:     "NodeStageVolume, of a larger restore, XFS",
+		fleeting: true,
+		shares:   true,
+		once:     func(w *world) { w.source("source", 320*mib, xfs); w.cut() },
 		prepare: func(w *world) {
 			w.must(copyOfSnapshot(400*mib, xfs)(w.Context(), w))
 			w.Staging("v")
@@ -238,8 +310,10 @@ var operations = []operation{
 		undo:  goneV,
 	},
 	{
-		name: "NodeStageVolume, of a clone, btrfs",
-		once: func(w *world) { w.source("source", 256*mib, btrfs) },
+		name:     "NodeStageVolume, of a clone, btrfs",
+		fleeting: true,
+		shares:   true,
+		once:     func(w *world) { w.source("source", 256*mib, btrfs) },
 		prepare: func(w *world) {
 			w.floor = w.live["source"].safe.Load()
 			w.Create("v", 256*mib, btrfs, harness.FromVolume(w.id("source")))
@@ -250,23 +324,28 @@ var operations = []operation{
 		undo:  goneV,
 	},
 	{
-		name:    "NodeStageVolume, block",
-		prepare: func(w *world) { w.Create("v", 64*mib, block); w.Staging("v") },
-		call:    stage(block),
-		check:   func(w *world) { w.must(publish(block, false)(w.Context(), w)); w.note("v"); w.holds("v", "v") },
-		undo:    goneV,
+		name:     "NodeStageVolume, block",
+		fleeting: true,
+		prepare:  func(w *world) { w.Create("v", 64*mib, block); w.Staging("v") },
+		call:     stage(block),
+		check:    func(w *world) { w.must(publish(block, false)(w.Context(), w)); w.note("v"); w.holds("v", "v") },
+		undo:     goneV,
 	},
 	{
-		name:  "NodePublishVolume, filesystem",
-		once:  func(w *world) { w.rest("v", 64*mib, ext4); w.must(stage(ext4)(w.Context(), w)) },
-		call:  publish(ext4, false),
-		check: func(w *world) { w.holds("v", "v") },
-		undo:  unpublishV,
+		name:     "NodePublishVolume, filesystem",
+		revive:   func(w *world) { w.must(stage(ext4)(w.Context(), w)) },
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, ext4); w.must(stage(ext4)(w.Context(), w)) },
+		call:     publish(ext4, false),
+		check:    func(w *world) { w.holds("v", "v") },
+		undo:     unpublishV,
 	},
 	{
-		name: "NodePublishVolume, filesystem, read-only",
-		once: func(w *world) { w.rest("v", 64*mib, ext4); w.must(stage(ext4)(w.Context(), w)) },
-		call: publish(ext4, true),
+		name:     "NodePublishVolume, filesystem, read-only",
+		revive:   func(w *world) { w.must(stage(ext4)(w.Context(), w)) },
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, ext4); w.must(stage(ext4)(w.Context(), w)) },
+		call:     publish(ext4, true),
 		check: func(w *world) {
 			w.holds("v", "v")
 			if _, err := os.Create(filepath.Join(w.Target("v"), "new")); !errors.Is(err, unix.EROFS) {
@@ -276,36 +355,45 @@ var operations = []operation{
 		undo: unpublishV,
 	},
 	{
-		name:  "NodePublishVolume, block",
-		once:  func(w *world) { w.rest("v", 64*mib, block); w.must(stage(block)(w.Context(), w)) },
-		call:  publish(block, false),
-		check: func(w *world) { w.holds("v", "v") },
-		undo:  unpublishV,
+		name:     "NodePublishVolume, block",
+		revive:   func(w *world) { w.must(stage(block)(w.Context(), w)) },
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, block); w.must(stage(block)(w.Context(), w)) },
+		call:     publish(block, false),
+		check:    func(w *world) { w.holds("v", "v") },
+		undo:     unpublishV,
 	},
 	{
-		name:  "NodePublishVolume, block, read-only",
-		once:  func(w *world) { w.rest("v", 64*mib, block); w.must(stage(block)(w.Context(), w)) },
-		call:  publish(block, true),
-		check: func(w *world) { w.holds("v", "v"); w.refusesWrites("v") },
-		undo:  unpublishV,
+		name:     "NodePublishVolume, block, read-only",
+		revive:   func(w *world) { w.must(stage(block)(w.Context(), w)) },
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, block); w.must(stage(block)(w.Context(), w)) },
+		call:     publish(block, true),
+		check:    func(w *world) { w.holds("v", "v"); w.refusesWrites("v") },
+		undo:     unpublishV,
 	},
 	{
-		name:    "NodeUnpublishVolume, filesystem",
-		once:    func(w *world) { w.rest("v", 64*mib, ext4); w.must(stage(ext4)(w.Context(), w)) },
-		prepare: func(w *world) { w.must(publish(ext4, false)(w.Context(), w)) },
-		call:    unpublish,
-		ends:    true,
+		name:     "NodeUnpublishVolume, filesystem",
+		revive:   func(w *world) { w.must(stage(ext4)(w.Context(), w)) },
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, ext4); w.must(stage(ext4)(w.Context(), w)) },
+		prepare:  func(w *world) { w.must(publish(ext4, false)(w.Context(), w)) },
+		call:     unpublish,
+		ends:     true,
 	},
 	{
-		name:    "NodeUnpublishVolume, block, read-only",
-		once:    func(w *world) { w.rest("v", 64*mib, block); w.must(stage(block)(w.Context(), w)) },
-		prepare: func(w *world) { w.must(publish(block, true)(w.Context(), w)) },
-		call:    unpublish,
-		ends:    true,
+		name:     "NodeUnpublishVolume, block, read-only",
+		revive:   func(w *world) { w.must(stage(block)(w.Context(), w)) },
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, block); w.must(stage(block)(w.Context(), w)) },
+		prepare:  func(w *world) { w.must(publish(block, true)(w.Context(), w)) },
+		call:     unpublish,
+		ends:     true,
 	},
 	{
-		name: "NodeUnstageVolume",
-		once: func(w *world) { w.rest("v", 64*mib, ext4) },
+		name:     "NodeUnstageVolume",
+		fleeting: true,
+		once:     func(w *world) { w.rest("v", 64*mib, ext4) },
 		prepare: func(w *world) {
 			w.use("v", ext4)
 			w.note("v")
@@ -323,7 +411,9 @@ var operations = []operation{
 		// Only what is idle is detached. To find out, the driver marks the
 		// device to go with its last user; the mark must not stay. It does
 		// that over and over for a second, always with the same three calls.
-		name: "NodeUnstageVolume, of a device that is open",
+		name:     "NodeUnstageVolume, of a device that is open",
+		revive:   func(w *world) { w.must(stage(block)(w.Context(), w)); w.open("v") },
+		fleeting: true,
 		once: func(w *world) {
 			w.rest("v", 64*mib, block)
 			w.must(stage(block)(w.Context(), w))
@@ -344,14 +434,16 @@ var operations = []operation{
 		most:  9,
 	},
 	{
-		name:  "NodePublishVolume, inline",
-		call:  publishInline,
-		check: func(w *world) { w.note("v"); w.holds("v", "v") },
-		undo:  func(w *world) { w.unpublished("v", inlineID) },
+		name:     "NodePublishVolume, inline",
+		fleeting: true,
+		call:     publishInline,
+		check:    func(w *world) { w.note("v"); w.holds("v", "v") },
+		undo:     func(w *world) { w.unpublished("v", inlineID) },
 	},
 	{
-		name:    "NodeUnpublishVolume, inline",
-		prepare: func(w *world) { w.must(publishInline(w.Context(), w)); w.note("v") },
+		name:     "NodeUnpublishVolume, inline",
+		fleeting: true,
+		prepare:  func(w *world) { w.must(publishInline(w.Context(), w)); w.note("v") },
 		call: func(ctx context.Context, w *world) error {
 			_, err := w.NodeUnpublishVolume(ctx, &csi.NodeUnpublishVolumeRequest{VolumeId: inlineID, TargetPath: w.Target("v")})
 			return err
@@ -359,7 +451,9 @@ var operations = []operation{
 		ends: true,
 	},
 	{
-		name: "NodeExpandVolume, XFS",
+		name:     "NodeExpandVolume, XFS",
+		revive:   func(w *world) { w.use("v", xfs) },
+		fleeting: true,
 		prepare: func(w *world) {
 			w.Create("v", 320*mib, xfs)
 			w.use("v", xfs)
@@ -372,6 +466,8 @@ var operations = []operation{
 	},
 	{
 		name:    "start, after a crash",
+		revive:  func(w *world) { w.use("v", ext4); w.Staging("grown") },
+		sample:  true,
 		prepare: leftovers,
 		check:   func(w *world) { w.holds("v", "v") },
 		undo:    func(w *world) { goneV(w); w.gone("grown", w.id("grown")) },
@@ -379,6 +475,7 @@ var operations = []operation{
 	},
 	{
 		name:    "start, of a pool that is not mounted",
+		shares:  true,
 		alone:   true,
 		once:    func(w *world) { w.rest("v", 64*mib, ext4) },
 		prepare: func(w *world) { w.Stop() },
@@ -386,7 +483,9 @@ var operations = []operation{
 		ends:    true,
 	},
 	{
-		name:    "start, the first",
+		name:   "start, the first",
+		shares: true, // a pool in a file is made
+
 		alone:   true,
 		prepare: func(w *world) { w.Stop(); w.forget() },
 		check:   func(w *world) { w.rest("v", 64*mib, ext4); goneV(w) },
@@ -618,6 +717,7 @@ func leftovers(w *world) {
 	w.must(os.WriteFile(filepath.Join(w.pool, ".staging/metadata-v"), []byte("{"), 0o600))
 	w.must(os.Truncate(filepath.Join(w.pool, "volumes/grown/data"), 96*mib))
 	w.must(os.WriteFile(filepath.Join(w.pool, ".staging/freeze-v"), nil, 0o600))
+	w.sync()
 	freeze(w, w.Staging("v"))
 }
 
@@ -639,4 +739,5 @@ func (w *world) forget() {
 	for _, name := range []string{"default.img", "state/pools/default.json", "state/pools", "state/mounts/default", "state/mounts"} {
 		w.must(os.Remove(filepath.Join(w.Dir, name)))
 	}
+	w.sync()
 }

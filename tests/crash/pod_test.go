@@ -52,32 +52,47 @@ func (w *world) inPod(name string) {
 	process, err := strconv.Atoi(strings.TrimSpace(string(pid)))
 	w.must(err)
 	w.t.Cleanup(func() {
-		for file, thawed := range map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"} {
-			if _, err := os.Stat(filepath.Join(w.pod, file)); err == nil { // what is stopped cannot be killed
-				_ = os.WriteFile(filepath.Join(w.pod, file), []byte(thawed), 0)
-			}
-		}
+		w.thawPod() // what is stopped cannot be killed
 		_ = syscall.Kill(process, syscall.SIGKILL)
 	})
 	w.must(os.WriteFile(filepath.Join(dir, "cgroup.procs"), []byte(strconv.Itoa(process)), 0))
 
 	w.Create(name, 64*mib, block)
+	w.useInPod(name)
+	w.note(name)
+}
+
+// useInPod stages and publishes a volume for the pod.
+func (w *world) useInPod(name string) {
+	w.t.Helper()
 	w.must(os.MkdirAll(filepath.Dir(w.Target(name)), 0o700))
-	_, err = w.NodeStageVolume(w.Context(), &csi.NodeStageVolumeRequest{VolumeId: w.id(name), StagingTargetPath: w.Staging(name), VolumeCapability: block})
+	_, err := w.NodeStageVolume(w.Context(), &csi.NodeStageVolumeRequest{VolumeId: w.id(name), StagingTargetPath: w.Staging(name), VolumeCapability: block})
 	w.must(err)
 	_, err = w.NodePublishVolume(w.Context(), &csi.NodePublishVolumeRequest{
 		VolumeId: w.id(name), StagingTargetPath: w.Staging(name), TargetPath: w.Target(name), VolumeCapability: block,
 	})
 	w.must(err)
-	w.note(name)
 }
+
+// thawPod lets the pod's processes go on.
+func (w *world) thawPod() {
+	for file, thawed := range podStates {
+		if _, err := os.Stat(filepath.Join(w.pod, file)); err == nil {
+			_ = os.WriteFile(filepath.Join(w.pod, file), []byte(thawed), 0)
+		}
+	}
+}
+
+// podStates are the files that tell whether a cgroup is frozen, of both versions
+// of cgroups, and what they say of one that is not.
+var podStates = map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"}
 
 // podGoesOn is an error if the processes of the pod were left stopped.
 func (w *world) podGoesOn() error {
 	if w.pod == "" {
 		return nil
 	}
-	for file, thawed := range map[string]string{"freezer.state": "THAWED", "cgroup.freeze": "0"} {
+	for file, thawed := range podStates {
 		text, err := os.ReadFile(filepath.Join(w.pod, file))
 		if err == nil && strings.TrimSpace(string(text)) != thawed {
 			return fmt.Errorf("the pod is frozen: %s", text)

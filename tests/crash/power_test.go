@@ -12,7 +12,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"unsafe"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -206,55 +205,16 @@ func TestAMissingSyncIsCaught(t *testing.T) {
 // cutPower is a power failure.
 func cutPower(t *testing.T, d *harness.Driver) {
 	t.Helper()
-	pool, err := os.Open(powerPool(d))
-	if err != nil {
+	if err := shutDown(powerPool(d)); err != nil {
 		t.Fatal(err)
 	}
-	const goingDown = 0x8004587d // XFS_IOC_GOINGDOWN, xfs_fs.h
-	noLogFlush := uint32(2)      // XFS_FSOP_GOING_FLAGS_NOLOGFLUSH
-	if _, _, errno := unix.Syscall(unix.SYS_IOCTL, pool.Fd(), goingDown, uintptr(unsafe.Pointer(&noLogFlush))); errno != 0 {
-		t.Fatal(errno)
-	}
-	pool.Close()
 	d.Kill()
 	for range 20 { // a filesystem on a device on a filesystem on a device
-		if forget(t, d.Dir) {
+		if nothing, _ := forget(d.Dir); nothing {
 			return
 		}
 	}
 	t.Fatal("the kernel goes on holding what was lost")
-}
-
-// forget undoes the mounts and devices below a directory, whatever they say of
-// what they could not write.
-func forget(t *testing.T, dir string) (nothing bool) {
-	t.Helper()
-	nothing = true
-	text, err := os.ReadFile("/proc/self/mountinfo")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for line := range strings.Lines(string(text)) {
-		if path := strings.Fields(line)[4]; strings.HasPrefix(path, dir+"/") {
-			nothing = false
-			_ = unix.Unmount(path, 0)
-		}
-	}
-	backings, err := filepath.Glob("/sys/block/loop*/loop/backing_file")
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, b := range backings {
-		if of, err := os.ReadFile(b); err != nil || !strings.HasPrefix(string(of), dir+"/") {
-			continue
-		}
-		nothing = false
-		if f, err := os.Open(filepath.Join("/dev", strings.Split(b, "/")[3])); err == nil {
-			_ = unix.IoctlSetInt(int(f.Fd()), unix.LOOP_CLR_FD, 0)
-			f.Close()
-		}
-	}
-	return nothing
 }
 
 func powerPool(d *harness.Driver) string { return filepath.Join(d.Dir, "state", "mounts", "default") }

@@ -21,11 +21,12 @@ import (
 )
 
 // point is where in an operation a process is killed: as it is about to make
-// its n-th change, n from 1, which then does not happen. 0 is nowhere. answer is
-// instead: after the n-th change, as it is about to write to a socket.
+// its n-th change, n from 1, which then does not happen. 0 is nowhere.
 type point struct {
 	n      int
-	answer bool
+	answer bool         // instead: after the n-th change, as it is about to write to a socket
+	within bool         // instead: while the kernel makes the n-th change, be it done or not
+	fail   func() error // the power fails with it, if there is a function that has it fail
 }
 
 // tracer follows all threads of a process with ptrace(2), counts the changes
@@ -43,6 +44,9 @@ type tracer struct {
 	// last write to a socket; to be read after end.
 	changes  []string
 	answered int
+
+	due    bool  // the process is killed once the thread that stopped goes on
+	failed error // of a power that would not fail
 
 	killed atomic.Bool
 	stop   atomic.Bool
@@ -104,17 +108,31 @@ const traceOptions = unix.PTRACE_O_TRACESYSGOOD | unix.PTRACE_O_TRACECLONE
 // one. attach gives the threads that have yet to stop for the first time.
 func (tr *tracer) begin(attach func() (map[int]bool, error)) error {
 	ready := make(chan error, 1)
-	go func() {
-		defer close(tr.done)
+	var trace func()
+	trace = func() {
 		// The thread ends with the goroutine, and with it the tracing.
 		runtime.LockOSThread()
+		// What this thread has started, another tracer may follow: to wait here
+		// would take its stops from it. When the thread ends they become
+		// children of the main one.
+		if children, err := os.ReadFile("/proc/thread-self/children"); err != nil || len(children) > 0 {
+			if err != nil {
+				ready <- err
+				close(tr.done)
+				return
+			}
+			go trace()
+			return
+		}
+		defer close(tr.done)
 		pending, err := attach()
 		if err != nil {
 			ready <- err
 			return
 		}
 		tr.follow(pending, ready)
-	}()
+	}
+	go trace()
 	return <-ready
 }
 
@@ -221,6 +239,10 @@ func (tr *tracer) follow(pending map[int]bool, ready chan<- error) {
 			signal = int(status.StopSignal())
 		}
 		_ = unix.PtraceSyscall(tid, signal) // ESRCH: it was killed
+		if tr.due {
+			tr.due = false
+			tr.kill()
+		}
 	}
 }
 
@@ -247,7 +269,11 @@ func (tr *tracer) syscall(tid int) {
 	switch {
 	case what != "":
 		tr.changes = append(tr.changes, what)
-		if !tr.at.answer && len(tr.changes) == tr.at.n {
+		switch {
+		case tr.at.answer || len(tr.changes) != tr.at.n:
+		case tr.at.within:
+			tr.due = true
+		default:
 			tr.kill()
 		}
 	case strings.HasPrefix(fd, "socket:"):
@@ -262,6 +288,9 @@ func (tr *tracer) syscall(tid int) {
 // does not make it any more.
 func (tr *tracer) kill() {
 	tr.killed.Store(true)
+	if tr.at.fail != nil { // before, so that nothing can be made of a process that ends
+		tr.failed = tr.at.fail()
+	}
 	victims := []int{tr.pid}
 	if tr.family {
 		victims = append(victims, children(tr.pid)...)
@@ -335,6 +364,8 @@ func (tr *tracer) describe(info *syscallInfo) (what, fd string) {
 		name = "ftruncate"
 	case unix.SYS_FALLOCATE:
 		name = "fallocate"
+	case unix.SYS_COPY_FILE_RANGE:
+		return "copy to " + strings.TrimPrefix(tr.file(a[2]), tr.dir+"/"), ""
 	case unix.SYS_WRITE, unix.SYS_PWRITE64:
 		fd := tr.file(a[0])
 		for _, dir := range []string{tr.dir + "/", "/sys/", "/dev/loop"} {

@@ -36,18 +36,19 @@ type writer struct {
 	err  error // to be read after done
 }
 
-// write starts a writer at an offset of a file or device; it ends with the test
-// at the latest.
-func write(t testing.TB, name string, offset int64) *writer {
+// write starts a writer at an offset of a file or device, behind the record
+// that is the last there; it ends with the test at the latest.
+func write(t testing.TB, name string, offset, last int64) *writer {
 	t.Helper()
 	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	w := &writer{stop: make(chan struct{}), done: make(chan struct{})}
+	w.safe.Store(last)
 	go func() {
 		defer close(w.done)
-		w.err = errors.Join(w.run(f, offset), f.Close())
+		w.err = errors.Join(w.run(f, offset, last+1), f.Close())
 	}()
 	t.Cleanup(func() {
 		_, _ = filesystem.Thaw(filepath.Dir(name)) // what a failed test has left frozen would hold the end up
@@ -56,9 +57,9 @@ func write(t testing.TB, name string, offset int64) *writer {
 	return w
 }
 
-func (w *writer) run(f *os.File, offset int64) error {
+func (w *writer) run(f *os.File, offset, n int64) error {
 	record := make([]byte, recordSize)
-	for n := int64(1); ; n++ {
+	for ; ; n++ {
 		select {
 		case <-w.stop:
 			return nil

@@ -132,6 +132,13 @@ func prepare(t testing.TB, config string) *Driver {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return NewIn(t, dir, config)
+}
+
+// NewIn is New with everything of the driver in a directory that is there, and
+// empty; it has no symbolic links in its path. There is never a router.
+func NewIn(t testing.TB, dir, config string) *Driver {
+	t.Helper()
 	d := &Driver{
 		Dir:    dir,
 		Config: filepath.Join(dir, "config.yaml"),

@@ -3,6 +3,7 @@ package image
 import (
 	"context"
 	"fmt"
+	"io/fs"
 	"os"
 	"sync"
 	"syscall"
@@ -90,6 +91,10 @@ func (e *Engine) blocks(name string) int64 {
 	if err != nil {
 		return 0
 	}
+	return blocksOf(info)
+}
+
+func blocksOf(info fs.FileInfo) int64 {
 	if st, ok := info.Sys().(*syscall.Stat_t); ok { // it always is, from package os on Linux
 		return st.Blocks * 512
 	}

@@ -102,7 +102,7 @@ func (e *Engine) volumeHealth(name string, devices []loop.Device) []pool.Conditi
 	add := func(severity pool.Severity, reason, format string, args ...any) {
 		found = append(found, pool.Condition{Severity: severity, Reason: reason, Message: fmt.Sprintf(format, args...)})
 	}
-	if _, err := e.readVolume(name); err != nil {
+	if err := e.readable(name); err != nil {
 		if _, err := e.Volume(name); errors.Is(err, pool.ErrNotFound) {
 			return nil
 		}

@@ -3,6 +3,7 @@ package image
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/crc32"
 	"io"
@@ -71,17 +72,35 @@ func decode(data []byte, v any) error {
 // somebody planted in the place of one of the two is not followed, even if it
 // stays in the pool: it would make one volume another.
 func openRegular(root *os.Root, name string, flag int) (*os.File, error) {
-	if err := mustBeDir(root, path.Dir(name)); err != nil {
-		return nil, err
+	f, _, err := openSized(root, name, flag)
+	return f, err
+}
+
+// openSized is openRegular, and tells the file's size.
+func openSized(root *os.Root, name string, flag int) (*os.File, int64, error) {
+	if dir := path.Dir(name); dir != "." {
+		if err := mustBeDir(root, dir); err != nil {
+			return nil, 0, err
+		}
 	}
 	info, err := root.Lstat(name)
 	if err != nil {
-		return nil, err
+		return nil, 0, err
 	}
 	if !info.Mode().IsRegular() {
-		return nil, pool.Errorf(pool.ErrDamaged, "%s is not a regular file (%s)", filepath.Join(root.Name(), name), info.Mode())
+		return nil, 0, pool.Errorf(pool.ErrDamaged, "%s is not a regular file (%s)", filepath.Join(root.Name(), name), info.Mode())
 	}
-	return root.OpenFile(name, flag, 0)
+	f, err := root.OpenFile(name, flag, 0)
+	return f, info.Size(), err
+}
+
+// openFolder opens a directory for who has much to do in it. Like openRegular it
+// follows no link.
+func openFolder(root *os.Root, name string) (*os.Root, error) {
+	if err := mustBeDir(root, name); err != nil {
+		return nil, err
+	}
+	return root.OpenRoot(name)
 }
 
 func mustBeDir(root *os.Root, name string) error {
@@ -97,17 +116,23 @@ func mustBeDir(root *os.Root, name string) error {
 
 // readMetadata reads one metadata file of the pool.
 func readMetadata(root *os.Root, name string, v any) error {
-	f, err := openRegular(root, name, os.O_RDONLY)
+	f, size, err := openSized(root, name, os.O_RDONLY)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxMetadata))
-	if err != nil {
+	return readOpen(f, size, v)
+}
+
+// readOpen reads a metadata file of that size.
+func readOpen(f *os.File, size int64, v any) error {
+	data := make([]byte, min(size, maxMetadata))
+	n, err := io.ReadFull(f, data)
+	if err != nil && !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, io.EOF) { // decode tells of one that is too short
 		return err
 	}
-	if err := decode(data, v); err != nil {
-		return fmt.Errorf("%s: %w", name, err)
+	if err := decode(data[:n], v); err != nil {
+		return fmt.Errorf("%s: %w", path.Base(f.Name()), err)
 	}
 	return nil
 }

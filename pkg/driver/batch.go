@@ -11,7 +11,9 @@ import (
 // records of one write at once. Package tls gives it each by itself, 16 KiB, and
 // on the way of a copy between two nodes each costs a system call and the host's
 // packet filter as much as 64 KiB would.
-type batched struct{ credentials.TransportCredentials }
+type batched struct {
+	credentials.TransportCredentials
+}
 
 // ServerHandshake implements credentials.TransportCredentials.
 func (b batched) ServerHandshake(c net.Conn) (net.Conn, credentials.AuthInfo, error) {

@@ -33,7 +33,7 @@ func TestOneWriteIsOneWriteToTheNetwork(t *testing.T) {
 	authority.StartTLS()
 	defer authority.Close()
 	server := batched{credentials.NewTLS(&tls.Config{Certificates: authority.TLS.Certificates, MinVersion: tls.VersionTLS13})}.Clone()
-	client := credentials.NewTLS(&tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}) //nolint:gosec // who it is, is not the question
+	client := credentials.NewTLS(&tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}) // who it is, is not the question
 
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

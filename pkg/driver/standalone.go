@@ -188,7 +188,7 @@ func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) 
 		return nil, fmt.Errorf("--peer-address: %w", err)
 	}
 	s.options.PeerAddress = l.Addr().String() // with the port, where 0 asked for any
-	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, append(router.ServerOptions(), grpc.Creds(batched{own}), grpc.SharedWriteBuffer(true), grpc.WriteBufferSize(copyBuffer))...)
+	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, append(router.ServerOptions(), grpc.Creds(batched{own}), grpc.WriteBufferSize(copyBuffer))...)
 	s.peer.edge.guard = mayCall
 	return l, nil
 }

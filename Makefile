@@ -53,7 +53,7 @@ test-unit: need-go ## Tests that need no privilege
 .PHONY: test-integration
 test-integration: need-root need-filesystems ## Tests on the kernel's loop devices and filesystems (root)
 	@scripts/install gcc ip
-	go test -race -tags integration -count=1 -timeout 40m -skip '^TestRouterPassesTheSuite$$' ./pkg/... ./examples/... ./tests/integration/... ./tests/crash/...
+	go test -race -tags integration -count=1 -timeout 40m -skip '^TestRouterPassesTheSuite$$' ./pkg/... ./examples/... ./tests/integration/... ./tests/crash/... ./tests/chaos/...
 
 .PHONY: test-router
 test-router: need-root need-filesystems ## The integration tests a second time, each through a router over three nodes (root)
@@ -64,6 +64,12 @@ test-router: need-root need-filesystems ## The integration tests a second time, 
 crash: need-root need-filesystems ## Kill the driver, and have the power fail, at every point of every operation; test-integration does so at some (root)
 	@scripts/install gcc
 	ORLOP_CRASH_EVERY=1 go test -race -tags integration -count=1 -timeout 90m -v ./tests/crash
+
+.PHONY: chaos
+chaos: need-root need-filesystems ## Random operations and kills, compared with a model, for DURATION (5m); SEED= plans the same again (root)
+	@scripts/install gcc
+	@mkdir -p bin
+	ORLOP_CHAOS_DURATION=$(or $(DURATION),5m) ORLOP_CHAOS_SEED=$(SEED) go test -race -tags integration -count=1 -timeout 0 -v -artifacts -outputdir=bin ./tests/chaos/...
 
 .PHONY: test-vm
 test-vm: need-root ## Integration tests on Linux 6.1 in an emulated machine; VM='./pkg/loop -run Detach' selects (root, slow)

@@ -40,9 +40,10 @@ func (o Operation) String() string {
 //
 //   - Nothing overlaps Create or Delete.
 //   - A clone or snapshot holds its source against Delete. By reflink it may
-//     meet any node call, because the cut is atomic whatever the filesystem
-//     does; but two cuts would thaw each other's freeze. By copying it must
-//     see no writer come, so Stage and Publish wait.
+//     meet Stage, Publish and Unpublish, because the cut is atomic whatever the
+//     filesystem does; but two cuts would thaw each other's freeze, and Unstage
+//     would find the mount busy that a cut has frozen, or take it away before it
+//     is. By copying it must see no writer come, so Stage and Publish wait.
 //   - Hold is a snapshot in a group: no writer may come or go while the other
 //     volumes are held, so that it waits for all node calls, and they for it.
 //   - Publish and Unpublish count the targets of a volume to keep a single
@@ -53,11 +54,11 @@ func (o Operation) String() string {
 var overlap = [operations][operations]bool{
 	Grow:      {Inspect: true},
 	Modify:    {Cut: true, Copy: true, Inspect: true},
-	Cut:       {Modify: true, Stage: true, Unstage: true, Publish: true, Unpublish: true, Inspect: true},
+	Cut:       {Modify: true, Stage: true, Publish: true, Unpublish: true, Inspect: true},
 	Copy:      {Modify: true, Copy: true, Inspect: true},
 	Hold:      {Inspect: true},
 	Stage:     {Cut: true, Inspect: true},
-	Unstage:   {Cut: true, Inspect: true},
+	Unstage:   {Inspect: true},
 	Publish:   {Cut: true, Inspect: true},
 	Unpublish: {Cut: true, Inspect: true},
 	Inspect: {

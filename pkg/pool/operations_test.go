@@ -13,7 +13,7 @@ import (
 var mayOverlap = [][2]Operation{
 	{Copy, Copy}, // two readers of what nobody writes
 
-	{Cut, Stage}, {Cut, Unstage}, {Cut, Publish}, {Cut, Unpublish}, // a reflink is atomic
+	{Cut, Stage}, {Cut, Publish}, {Cut, Unpublish}, // a reflink is atomic
 
 	{Modify, Cut}, {Modify, Copy}, // limits are none of the data
 

@@ -16,6 +16,9 @@ import (
 	"time"
 )
 
+// lifetime is how long the certificates of a fleet are good: longer than any test.
+const lifetime = 30 * 24 * time.Hour
+
 // Authority is a certificate authority of a test.
 type Authority struct {
 	t           testing.TB
@@ -31,7 +34,7 @@ func NewAuthority(t testing.TB) *Authority {
 		SerialNumber:          serial(t),
 		Subject:               pkix.Name{CommonName: "authority of " + t.Name()},
 		NotBefore:             time.Now().Add(-time.Hour),
-		NotAfter:              time.Now().Add(time.Hour),
+		NotAfter:              time.Now().Add(lifetime),
 		IsCA:                  true,
 		BasicConstraintsValid: true,
 		KeyUsage:              x509.KeyUsageCertSign,

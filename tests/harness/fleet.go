@@ -49,7 +49,7 @@ func StartFleetOf(t testing.TB, binary string, configs ...string) *Fleet {
 	}
 	f.Driver = New(t, "")
 	f.Binary, f.Mode = binary, "controller"
-	f.Authority.Issue(filepath.Join(f.Dir, "tls"), peer.Controller(), time.Now().Add(time.Hour))
+	f.Authority.Issue(filepath.Join(f.Dir, "tls"), peer.Controller(), time.Now().Add(lifetime))
 	f.Route(f.Nodes...)
 	return f
 }
@@ -69,12 +69,16 @@ func (f *Fleet) Route(nodes ...*Driver) {
 	f.Start()
 }
 
+// Via has the router reach a node at another address, from its next [Fleet.Route]
+// on.
+func (f *Fleet) Via(node int, address string) { f.addresses[node] = address }
+
 // servePeer has a driver serve a router too, and gives the address.
 func servePeer(d *Driver, a *Authority) (address string) {
 	d.t.Helper()
 	d.Mode = "node"
 	tls, address := filepath.Join(d.Dir, "tls"), freeAddress(d.t)
-	a.Issue(tls, peer.Node(d.Node), time.Now().Add(time.Hour))
+	a.Issue(tls, peer.Node(d.Node), time.Now().Add(lifetime))
 	d.base = []string{"--tls-dir", tls, "--peer-address", address}
 	return address
 }
@@ -125,7 +129,7 @@ func (b *backdrop) take(d *Driver) {
 	d.router = prepare(d.t, "")
 	d.router.Mode = "controller"
 	tls := filepath.Join(d.router.Dir, "tls")
-	b.authority.Issue(tls, peer.Controller(), time.Now().Add(time.Hour))
+	b.authority.Issue(tls, peer.Controller(), time.Now().Add(lifetime))
 	d.router.base = []string{"--tls-dir", tls, "--node", d.Node + "=" + servePeer(d, b.authority)}
 	for _, n := range b.nodes {
 		d.router.base = append(d.router.base, "--node", n)

@@ -4,9 +4,7 @@ package chaos
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
-	"os"
 	"path/filepath"
 	"testing"
 	"time"
@@ -78,20 +76,6 @@ func (m *machine) target(volume string) string { return m.Target(volume) }
 func (m *machine) available(ctx context.Context) (int64, error) {
 	response, err := m.node.controller.GetCapacity(ctx, &csi.GetCapacityRequest{})
 	return response.GetAvailableCapacity(), err
-}
-
-// id is the ID of a volume or snapshot of that name.
-func (m *machine) poolID() (string, error) {
-	text, err := os.ReadFile(filepath.Join(m.pool, "orlop.json"))
-	if err != nil {
-		return "", err
-	}
-	var identity struct {
-		Payload struct {
-			ID string `json:"id"`
-		} `json:"payload"`
-	}
-	return identity.Payload.ID, json.Unmarshal(text, &identity)
 }
 
 // thaw lets everything go on that a failed test has left frozen.

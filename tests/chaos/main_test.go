@@ -24,7 +24,7 @@
 //
 // Environment variables: ORLOP_CHAOS_DURATION is how long it goes on, and
 // ORLOP_CHAOS_ROUNDS for how many rounds at least, a few if it is not set. ORLOP_CHAOS_SEED is the seed, else
-// a random one, which is printed. ORLOP_CHAOS_PATIENCE is how long something may
+// 1, or a random one if a duration is set; it is printed. ORLOP_CHAOS_PATIENCE is how long something may
 // take that should take no time, 30s if it is not set. With the same seed the same
 // operations are planned, and the same strikes after the same number of calls. What
 // they hit depends on the machine: how far each operation has got is for the
@@ -47,6 +47,7 @@ func TestMain(m *testing.M) { harness.Main(m) }
 // The rounds that there are if no time is given, and the operations of a round.
 const (
 	fewRounds    = 6
+	fewOfFleet   = 3
 	operations   = 24
 	roundsToLook = 8 // rounds after which all data is looked at
 )
@@ -71,22 +72,27 @@ func patience(t *testing.T) time.Duration {
 
 func seed(t *testing.T) uint64 {
 	t.Helper()
-	s := setting(t, "ORLOP_CHAOS_SEED", rand.Uint64N(1e9), func(s string) (uint64, error) { return strconv.ParseUint(s, 10, 32) })
+	fallback := uint64(1)
+	if os.Getenv("ORLOP_CHAOS_DURATION") != "" {
+		fallback = rand.Uint64N(1e9)
+	}
+	s := setting(t, "ORLOP_CHAOS_SEED", fallback, func(s string) (uint64, error) { return strconv.ParseUint(s, 10, 32) })
 	t.Logf("ORLOP_CHAOS_SEED=%d", s)
 	return s
 }
 
 func TestOneMachine(t *testing.T) {
 	r := newRun(t, startAlone(t), seed(t), poolRoom, nil)
-	r.goOn(setting(t, "ORLOP_CHAOS_DURATION", 0, time.ParseDuration))
+	r.goOn(fewRounds)
 }
 
-// goOn brings chaos for that long, or for a few rounds, looks at all data, and
-// removes everything.
-func (r *run) goOn(duration time.Duration) {
+// goOn brings chaos for as long as is set, or for a few rounds, looks at all data,
+// and removes everything.
+func (r *run) goOn(few int) {
 	r.t.Helper()
+	duration := setting(r.t, "ORLOP_CHAOS_DURATION", 0, time.ParseDuration)
 	defer func() { r.t.Log(r.summary()) }()
-	rounds := setting(r.t, "ORLOP_CHAOS_ROUNDS", fewRounds, strconv.Atoi)
+	rounds := setting(r.t, "ORLOP_CHAOS_ROUNDS", few, strconv.Atoi)
 	for began := time.Now(); r.rounds < rounds || time.Since(began) < duration; {
 		r.round(r.planner.Plan(operations), r.plannedStrikes(operations))
 		if r.rounds%roundsToLook == 0 {

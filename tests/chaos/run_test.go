@@ -168,7 +168,7 @@ func newJournal(t *testing.T) *journal {
 			t.Error(err)
 			return
 		}
-		kept, err := os.CreateTemp("", "orlop-chaos-*.jsonl") // the directory goes with the test, unless -artifacts is set
+		kept, err := os.CreateTemp("", "orlop-chaos-*.jsonl") //nolint:usetesting // the test's own directory goes with it
 		if err == nil {
 			_, err = kept.Write(text)
 		}

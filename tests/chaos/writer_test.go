@@ -13,6 +13,7 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -113,13 +114,12 @@ func (w *writer) one(f *os.File, record []byte, n int64) error {
 func (w *writer) endedBefore(at int64) int64 {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	last := w.first - 1
-	for i := len(w.ends) - 1; i >= 0; i-- {
-		if w.ends[i] < at {
+	for i, end := range slices.Backward(w.ends) {
+		if end < at {
 			return w.first + int64(i)
 		}
 	}
-	return last
+	return w.first - 1
 }
 
 // end stops the writer and gives the error that it has met.

@@ -10,7 +10,7 @@ import (
 // bytes at rest.
 //
 // A copy begins with what its source had. So the records of one volume may be of
-// several writers, one after the other, and whose each is is known.
+// several writers, one after the other, and each one's writer is known.
 type Content struct {
 	Parts []Part
 	Last  *Bounds // of the number of the last record
@@ -40,7 +40,7 @@ type Fill struct {
 func NewContent() Content { return Content{Last: &Bounds{}} }
 
 // Writer tells whose record n is; 0 is nobody's.
-func (c Content) Writer(n int64) uint64 {
+func (c *Content) Writer(n int64) uint64 {
 	var writer uint64
 	for _, p := range c.Parts {
 		if n > p.After {
@@ -52,7 +52,7 @@ func (c Content) Writer(n int64) uint64 {
 
 // Learn takes in that the last record was seen to be n. It is an error if it
 // cannot be.
-func (c Content) Learn(n int64) error {
+func (c *Content) Learn(n int64) error {
 	if n < c.Last.Least || n > c.Last.Most {
 		return fmt.Errorf("the last record is %d, and must be from %d to %d", n, c.Last.Least, c.Last.Most)
 	}
@@ -70,7 +70,7 @@ func (c *Content) Begin(writer uint64) {
 
 // Progress takes in how far the writer is: records up to safe are on stable
 // storage, and those up to begun may be.
-func (c Content) Progress(safe, begun int64) {
+func (c *Content) Progress(safe, begun int64) {
 	c.Last.Least, c.Last.Most = safe, begun
 }
 
@@ -81,11 +81,12 @@ func (c *Content) End(n int64) {
 }
 
 // Seen is the content as it is now.
-func (c Content) Seen() Content {
+func (c *Content) Seen() Content {
+	seen := *c
 	if c.Live {
-		c.Last = &Bounds{c.Last.Least, c.Last.Most}
+		seen.Last = &Bounds{c.Last.Least, c.Last.Most}
 	}
-	return c
+	return seen
 }
 
 // Copy is the content of a copy. Asked is what its source had been seen to have

@@ -3,6 +3,7 @@ package model
 import (
 	"fmt"
 	"slices"
+	"strings"
 	"time"
 )
 
@@ -58,30 +59,31 @@ type Operation struct {
 }
 
 func (o Operation) String() string {
-	text := fmt.Sprintf("#%d %s", o.Number, o.Action)
+	var text strings.Builder
+	fmt.Fprintf(&text, "#%d %s", o.Number, o.Action)
 	for _, part := range []struct{ name, value string }{
 		{"", o.Volume}, {"", o.Snapshot}, {"", o.Group}, {"from snapshot ", o.FromSnapshot}, {"from volume ", o.FromVolume},
 		{"on ", o.Node}, {"", string(o.Kind)}, {"", string(o.Access)},
 	} {
 		if part.value != "" {
-			text += " " + part.name + part.value
+			text.WriteString(" " + part.name + part.value)
 		}
 	}
 	if len(o.Members) > 0 {
-		text += fmt.Sprintf(" of %v", o.Members)
+		fmt.Fprintf(&text, " of %v", o.Members)
 	}
 	if o.Size > 0 {
-		text += fmt.Sprintf(" %d bytes", o.Size)
+		fmt.Fprintf(&text, " %d bytes", o.Size)
 	}
 	for _, flag := range []struct {
 		set  bool
 		name string
 	}{{o.Thick, "thick"}, {o.CallOff > 0, "called off"}, {o.Twice, "twice"}, {o.GiveUp, "given up"}} {
 		if flag.set {
-			text += ", " + flag.name
+			text.WriteString(", " + flag.name)
 		}
 	}
-	return text
+	return text.String()
 }
 
 // Allowed is an error if the operation cannot be asked for in this world.
@@ -113,6 +115,7 @@ func (o Operation) Allowed(w *World) error {
 			return no("it exists, or a volume does not")
 		}
 		return nil
+	default:
 	}
 	if v == nil {
 		return no("there is none")

@@ -317,6 +317,9 @@ func (s *Server) GetCapacity(ctx context.Context, r *csi.GetCapacityRequest) (*c
 		return &csi.GetCapacityResponse{MaximumVolumeSize: wrapperspb.Int64(0)}, nil
 	}
 	capacity, err := engine.Capacity(ctx)
+	if errors.Is(err, pool.ErrUnavailable) { // has no room, which keeps the scheduler away
+		capacity, err = pool.Capacity{}, nil
+	}
 	if err != nil {
 		return nil, err
 	}

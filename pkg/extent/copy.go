@@ -27,6 +27,21 @@ func Clone(dst, src *os.File) error {
 	return nil
 }
 
+// Shares tells whether [Clone] can work between f and others like it, without
+// a block to spare: f, a file that is open for writing and not empty, is cloned
+// onto itself, which the kernel refuses as unsupported or, where it is not, as
+// senseless. f stays as it is.
+func Shares(f *os.File) (bool, error) {
+	err := unix.IoctlFileClone(int(f.Fd()), int(f.Fd()))
+	switch {
+	case err == nil, errors.Is(err, unix.EINVAL):
+		return true, nil
+	case errors.Is(err, unix.EOPNOTSUPP), errors.Is(err, unix.ENOTTY):
+		return false, nil
+	}
+	return false, fmt.Errorf("clone %s to itself: %w", f.Name(), err)
+}
+
 // Copy makes dst, an empty file, equal to src, with its holes. What src has
 // allocated and never written is a hole in dst. Nobody may write to src
 // meanwhile, because parts are copied one after the other. It moves src's

@@ -77,6 +77,34 @@ func TestCloneOnAnXFSWithoutReflinkIsErrUnsupported(t *testing.T) {
 	}
 }
 
+// Whether blocks can be shared is known also where none is free, and nothing is
+// changed to find out.
+func TestSharesAgreesWithClone(t *testing.T) {
+	dirs := map[string]string{"xfs without reflink": mountImage(t, "mkfs.xfs -m reflink=0", "xfs")}
+	for _, fs := range []string{"xfs", "ext4", "btrfs"} {
+		dirs[fs] = mountImage(t, "mkfs."+fs, fs)
+	}
+	for name, dir := range dirs {
+		f, dst := newFile(t, dir, 0), newFile(t, dir, 0)
+		data := random(MiB)
+		write(t, f, 0, data)
+		err := extent.Clone(dst, f)
+		if err != nil && !errors.Is(err, extent.ErrUnsupported) {
+			t.Fatal(err)
+		}
+		fill := newFile(t, dir, 0)
+		for written := error(nil); written == nil; {
+			_, written = fill.Write(data)
+		}
+		if shares, askErr := extent.Shares(f); askErr != nil || shares != (err == nil) {
+			t.Errorf("%s: %v, %v; to clone gave %v", name, shares, askErr, err)
+		}
+		if !bytes.Equal(read(t, f), data) {
+			t.Errorf("%s: the file is not what it was", name)
+		}
+	}
+}
+
 func TestCopyKeepsHoles(t *testing.T) {
 	onEach(t, func(t *testing.T, fs, dir string) {
 		for name, dst := range map[string]*os.File{"same filesystem": newFile(t, dir, 0), "another": newFile(t, t.TempDir(), 0)} {

@@ -30,7 +30,9 @@ import (
 type Engine interface {
 	// Info tells what the pool is. It never changes while the pool is open.
 	Info() Info
-	// Capacity tells the pool's room as of now, in bytes.
+	// Capacity tells the pool's room as of now, in bytes. One that takes
+	// nothing, because its filesystem has failed or is read-only, is
+	// ErrUnavailable.
 	Capacity(ctx context.Context) (Capacity, error)
 	// Health lists what is wrong with the pool as a whole; empty is healthy.
 	Health(ctx context.Context) []Condition

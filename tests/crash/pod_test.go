@@ -15,8 +15,9 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 )
 
-// podUID is that of the pod that a block volume is published for.
-const podUID = "0b9c1c5e-5c3a-4d5e-8f3e-0123456789ab"
+// podUID is that of the pod that a block volume is published for. The driver
+// finds a pod by it wherever it is, also among those of another run of the test.
+var podUID = fmt.Sprintf("0b9c1c5e-5c3a-4d5e-8f3e-%012x", os.Getpid())
 
 // Target gives the path to publish a volume at. For a volume of a pod it is such
 // that it tells the pod.

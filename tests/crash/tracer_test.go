@@ -27,6 +27,7 @@ type point struct {
 	answer bool         // instead: after the n-th change, as it is about to write to a socket
 	within bool         // instead: while the kernel makes the n-th change, be it done or not
 	fail   func() error // the power fails with it, if there is a function that has it fail
+	errno  unix.Errno   // instead, if it is not 0: the change is not made and fails with it, and nothing is killed
 }
 
 // tracer follows all threads of a process with ptrace(2), counts the changes
@@ -46,7 +47,9 @@ type tracer struct {
 	answered int
 
 	due    bool  // the process is killed once the thread that stopped goes on
-	failed error // of a power that would not fail
+	failed error // of a power that would not fail, or a call that would not
+	lying  int   // the thread whose call gets a result that is not the kernel's
+	lied   bool
 
 	killed atomic.Bool
 	stop   atomic.Bool
@@ -262,6 +265,11 @@ func (tr *tracer) syscall(tid int) {
 	const getSyscallInfo, entry = 0x420e, 1 // PTRACE_GET_SYSCALL_INFO, PTRACE_SYSCALL_INFO_ENTRY
 	var info syscallInfo
 	_, _, errno := unix.Syscall6(unix.SYS_PTRACE, getSyscallInfo, uintptr(tid), unsafe.Sizeof(info), uintptr(unsafe.Pointer(&info)), 0, 0)
+	if tid == tr.lying {
+		tr.lying = 0
+		tr.failed = lie(tid, tr.at.errno)
+		return
+	}
 	if errno != 0 || info.op != entry || tr.killed.Load() {
 		return
 	}
@@ -271,6 +279,10 @@ func (tr *tracer) syscall(tid int) {
 		tr.changes = append(tr.changes, what)
 		switch {
 		case tr.at.answer || len(tr.changes) != tr.at.n:
+		case tr.at.errno != 0:
+			if tr.failed = skipCall(tid); tr.failed == nil {
+				tr.lying, tr.lied = tid, true
+			}
 		case tr.at.within:
 			tr.due = true
 		default:

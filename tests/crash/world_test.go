@@ -581,6 +581,18 @@ func differ(a, b []string) []string {
 // end and that of the work in the background that follows.
 func (w *world) try(o operation, at point, family bool) *tracer {
 	w.t.Helper()
+	tr, err := w.tried(o, at, family)
+	if tr.killed.Load() {
+		w.Kill()
+	} else {
+		w.must(err)
+	}
+	return tr
+}
+
+// tried is try for an operation that may fail, with its error.
+func (w *world) tried(o operation, at point, family bool) (*tracer, error) {
+	w.t.Helper()
 	var tr *tracer
 	var err error
 	if o.call == nil {
@@ -594,15 +606,10 @@ func (w *world) try(o operation, at point, family bool) *tracer {
 		w.must(err)
 		err = o.call(w.Context(), w)
 	}
-	if err == nil {
+	if err == nil && at.errno == 0 {
 		err = w.settle(tr.killed.Load)
 	}
 	tr.end()
 	w.must(tr.failed)
-	if tr.killed.Load() {
-		w.Kill()
-	} else {
-		w.must(err)
-	}
-	return tr
+	return tr, err
 }

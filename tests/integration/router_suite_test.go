@@ -145,6 +145,14 @@ var byItself = map[string][]string{
 		"TestWhatACrashLeftIsGoneAfterTheStart",
 		"TestWhatIsNotTheDriversIsLeftAndToldOf",
 	},
+	"it is of the disks of one node: no router has a part in it": {
+		"TestADirectoryWhoseDiskIsFullGivesRoomBack",
+		"TestAnImageThatIsCutShortInUseFailsItsUserAlone",
+		"TestAnOvercommittedPoolThatItsVolumesFillRecovers",
+		"TestAPoolThatCannotBeWrittenHasNoRoom",
+		"TestAPoolWhoseFileIsCutShortFailsAlone",
+		"TestAReadOnlyDirectoryStopsTheStart",
+	},
 	"its node gets another name; TestAPoolThatMovedToAnotherNodeIsFound is of that behind a router": {
 		"TestAPoolMovesWithItsVolumes",
 	},

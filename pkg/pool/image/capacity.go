@@ -2,6 +2,7 @@ package image
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io/fs"
 	"os"
@@ -58,10 +59,23 @@ func statfs(root *os.Root) (fsSizes, error) {
 	}, nil
 }
 
+// reach asks the pool's filesystem for its sizes. One that takes nothing, because
+// it has failed or is read-only, is ErrUnavailable.
+func (e *Engine) reach() (fsSizes, error) {
+	st, err := statfs(e.root)
+	if err == nil && st.readOnly {
+		err = unix.EROFS
+	}
+	if err != nil {
+		err = pool.Errorf(pool.ErrUnavailable, "pool %s takes nothing new: %w; see the kernel log, and mend its filesystem", e.info.Name, err)
+	}
+	return st, err
+}
+
 // sizes tells what the pool could hold in all, and what it holds in blocks now.
 func (e *Engine) sizes() (total, used int64, err error) {
 	if e.source.exclusive {
-		st, err := statfs(e.root)
+		st, err := e.reach()
 		if err != nil {
 			return 0, 0, err
 		}
@@ -76,7 +90,7 @@ func (e *Engine) sizes() (total, used int64, err error) {
 	if time.Since(e.sample.taken) < sampleAge {
 		return e.sample.total, e.sample.used, nil
 	}
-	st, err := statfs(e.root)
+	st, err := e.reach()
 	if err != nil {
 		return 0, 0, err
 	}
@@ -132,6 +146,10 @@ func (e *Engine) promise(ctx context.Context, n int64, kind pool.Provisioning, w
 	defer deadline.Stop()
 	for {
 		total, _, err := e.sizes()
+		if errors.Is(err, pool.ErrUnavailable) {
+			// So that an orchestrator looks for room elsewhere.
+			return pool.Errorf(pool.ErrNoSpace, "%w", err)
+		}
 		if err != nil {
 			return err
 		}

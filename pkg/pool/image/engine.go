@@ -161,6 +161,10 @@ func Open(ctx context.Context, o Options) (_ *Engine, err error) {
 		return nil, err
 	}
 	reflink, err := e.tryReflink()
+	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+		// A full pool must be opened, or nothing in it could be deleted.
+		reflink, err = e.askReflink()
+	}
 	if err != nil {
 		return nil, fmt.Errorf("finding out whether %s can share blocks: %w", e.dir, err)
 	}
@@ -300,6 +304,16 @@ func (e *Engine) tryReflink() (ok bool, err error) {
 		return false, nil
 	}
 	return err == nil, err
+}
+
+// askReflink finds out the same where there is no room to try it.
+func (e *Engine) askReflink() (bool, error) {
+	f, err := openRegular(e.root, identityFile, os.O_RDWR)
+	if err != nil {
+		return false, err
+	}
+	defer f.Close()
+	return extent.Shares(f)
 }
 
 // Info implements [pool.Engine].

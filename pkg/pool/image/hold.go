@@ -353,10 +353,19 @@ func (e *Engine) freeze(ctx context.Context, volume, mountpoint string) (thaw fu
 }
 
 // mark makes a file in .staging for the next start of the driver, should this
-// one die.
+// one die. While it means something it is fs.ErrExist; one that could not be
+// removed means nothing any more.
 func (e *Engine) mark(name, text string) (unmark func() error, err error) {
+	if !e.holds.begin(name) {
+		return nil, fs.ErrExist
+	}
+	defer func() {
+		if err != nil {
+			e.holds.end(name)
+		}
+	}()
 	at := path.Join(stagingDir, name)
-	f, err := e.root.OpenFile(at, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
+	f, err := e.root.OpenFile(at, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return nil, noSpace(err)
 	}
@@ -366,7 +375,10 @@ func (e *Engine) mark(name, text string) (unmark func() error, err error) {
 			return nil, errors.Join(noSpace(err), e.root.Remove(at))
 		}
 	}
-	return func() error { return e.root.Remove(at) }, nil
+	return func() error {
+		defer e.holds.end(name)
+		return e.root.Remove(at)
+	}, nil
 }
 
 // letGo ends, at the start of the driver, the hold of a mark that a crash left.
@@ -398,7 +410,28 @@ type holds struct {
 
 	mu     sync.Mutex
 	all    map[*hold]struct{}
+	marks  map[string]struct{} // that mean something
 	closed bool
+}
+
+// begin enters a mark, unless it is there.
+func (h *holds) begin(mark string) bool {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if _, there := h.marks[mark]; there {
+		return false
+	}
+	if h.marks == nil {
+		h.marks = map[string]struct{}{}
+	}
+	h.marks[mark] = struct{}{}
+	return true
+}
+
+func (h *holds) end(mark string) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.marks, mark)
 }
 
 // add enters a hold that begins, unless there is to be none any more.

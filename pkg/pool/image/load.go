@@ -126,7 +126,8 @@ func (e *Engine) loadVolume(one *entry, table bound) error {
 	}
 	if one.image != nil && one.image.Mode().IsRegular() && one.image.Size() > v.Size && one.image.Size()%pool.SizeUnit == 0 {
 		v.Size = one.image.Size() // a growth that a crash cut off
-		if err := e.rewrite(v); err != nil {
+		// On a full disk the image alone goes on telling, to the next start.
+		if err := e.rewrite(v); err != nil && !errors.Is(err, pool.ErrNoSpace) {
 			return fmt.Errorf("completing the growth of volume %s: %w", v.Name, err)
 		}
 	}

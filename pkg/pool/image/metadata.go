@@ -138,8 +138,8 @@ func readOpen(f *os.File, size int64, v any) error {
 }
 
 // writeMetadata makes a new metadata file, on stable storage but for its
-// directory entry.
-func writeMetadata(root *os.Root, name string, v any) error {
+// directory entry. If it fails, there is none.
+func writeMetadata(root *os.Root, name string, v any) (err error) {
 	data, err := encode(v)
 	if err != nil {
 		return err
@@ -149,6 +149,11 @@ func writeMetadata(root *os.Root, name string, v any) error {
 		return err
 	}
 	defer f.Close()
+	defer func() {
+		if err != nil {
+			err = errors.Join(err, root.Remove(name))
+		}
+	}()
 	if _, err := f.Write(data); err != nil {
 		return err
 	}

@@ -259,3 +259,50 @@ func TestACopyOutlivesTheDeadlineOfItsCall(t *testing.T) {
 		t.Errorf("volumes: %v, want the source and one copy", ids)
 	}
 }
+
+// A staging that fails takes the device away again that a snapshot of the volume
+// may just have found: it is repeated, and nothing else.
+func TestASnapshotMeetsAStagingThatFails(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("4Gi"))
+	block := harness.Block(harness.Writer)
+	source := d.Create("source", 16*ctlMiB, block).GetVolumeId()
+	f := ctlUse(t, d, "source", source)
+	ctlFill(t, f, ctlMiB, ctlMiB, 1)
+	ctlMust(t, f.Close())
+	d.Release("source", source)
+	v := d.Create("v", 16*ctlMiB, harness.Mount("ext4", harness.Writer), harness.FromVolume(source)).GetVolumeId()
+	staging, stop, ended := d.Staging("v"), make(chan struct{}), make(chan error, 1)
+	go func() {
+		for {
+			select {
+			case <-stop:
+				ended <- nil
+				return
+			default:
+			}
+			_, err := d.NodeStageVolume(d.Context(), &csi.NodeStageVolumeRequest{VolumeId: v, StagingTargetPath: staging, VolumeCapability: harness.Mount("ext4", harness.Writer)})
+			if code := status.Code(err); code != codes.FailedPrecondition && code != codes.Aborted {
+				ended <- err
+				return
+			}
+		}
+	}()
+	made := 0
+	for deadline := time.Now().Add(time.Minute); made < 60 && time.Now().Before(deadline); {
+		response, err := d.CreateSnapshot(d.Context(), &csi.CreateSnapshotRequest{Name: "s", SourceVolumeId: v})
+		if status.Code(err) == codes.Aborted {
+			continue
+		}
+		ctlMust(t, err)
+		made++
+		_, err = d.DeleteSnapshot(d.Context(), &csi.DeleteSnapshotRequest{SnapshotId: response.GetSnapshot().GetSnapshotId()})
+		ctlMust(t, err)
+	}
+	close(stop)
+	if err := <-ended; err != nil {
+		t.Errorf("the staging that should fail: %v", err)
+	}
+	if made == 0 {
+		t.Error("no snapshot was made")
+	}
+}

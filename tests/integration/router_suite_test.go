@@ -31,6 +31,7 @@ var behindRouter = []func(*testing.T){
 
 	TestAConflictingCallIsAborted,
 	TestOneVolumeCanBeCopiedTwiceAtOnce,
+	TestASnapshotMeetsAStagingThatFails,
 	TestACopyOutlivesTheDeadlineOfItsCall,
 
 	TestCreateVolumeRefusesAndAltersNothing,

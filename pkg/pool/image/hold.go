@@ -82,7 +82,7 @@ func (e *Engine) hold(ctx context.Context, subjects []subject, alone bool) (_ *h
 	}
 	defer func() {
 		if err != nil {
-			err = errors.Join(err, h.release())
+			err = errors.Join(leaving(err), h.release())
 		}
 	}()
 	mounts := map[string]string{} // by volume
@@ -91,6 +91,9 @@ func (e *Engine) hold(ctx context.Context, subjects []subject, alone bool) (_ *h
 	for _, s := range subjects {
 		filesystems, nodes, err := filesystem.UsesOf(s.device.Number)
 		if err != nil {
+			return nil, err
+		}
+		if err := s.device.Check(); err != nil { // or these are uses of another volume, whose device it is by now
 			return nil, err
 		}
 		if len(filesystems) > 0 {
@@ -162,6 +165,15 @@ func (h *hold) onRelease(undo func() error) error {
 	}
 	h.undo = append(h.undo, undo)
 	return nil
+}
+
+// leaving gives the error of a device or a mount that went away its kind: a staging
+// overlaps a cut, and one that fails, or has to begin anew, detaches the volume.
+func leaving(err error) error {
+	if errors.Is(err, loop.ErrDetached) || errors.Is(err, filesystem.ErrNotMounted) {
+		return pool.Errorf(pool.ErrBusy, "a volume was detached just now; repeat the call: %w", err)
+	}
+	return err
 }
 
 // timely gives the error of a filesystem that did not come to rest its kind.

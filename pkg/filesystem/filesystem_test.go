@@ -210,6 +210,7 @@ func TestExcerptKeepsBothEnds(t *testing.T) {
 	for _, test := range []struct{ in, want string }{
 		{"", ""},
 		{" error\n", "error"},
+		{"an error\n\n  that has\r\nlines\n", "an error; that has; lines"},
 		{strings.Repeat("a", excerptHalf) + strings.Repeat("b", excerptHalf), strings.Repeat("a", excerptHalf) + strings.Repeat("b", excerptHalf)},
 		{strings.Repeat("a", 700) + strings.Repeat("b", 700), strings.Repeat("a", excerptHalf) + "…" + strings.Repeat("b", excerptHalf)},
 	} {

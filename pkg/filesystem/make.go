@@ -65,7 +65,7 @@ func Check(ctx context.Context, device string, t Type) error {
 	const corrected, uncorrected = 1 | 2, 4
 	err = run(ctx, corrected, "e2fsck", "-p", device)
 	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode()&uncorrected != 0 {
+	if errors.As(err, &exit) && exit.Exited() && exit.ExitCode()&uncorrected != 0 {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
 	return err

@@ -55,7 +55,10 @@ func run(ctx context.Context, fine int, command string, arguments ...string) err
 		case errors.As(err, &exit) && exit.Exited() && exit.ExitCode()&^fine == 0:
 			return struct{}{}, nil
 		}
-		return struct{}{}, fmt.Errorf("%w: %s", err, &output)
+		if said := output.String(); said != "" {
+			err = fmt.Errorf("%w: %s", err, said)
+		}
+		return struct{}{}, err
 	}, nil)
 	return err
 }
@@ -77,6 +80,13 @@ func (e *excerpt) Write(p []byte) (int, error) {
 	return n, nil
 }
 
+// String is in one line, as an error has to be.
 func (e *excerpt) String() string {
-	return strings.ToValidUTF8(strings.TrimSpace(string(e.head)+string(e.tail)), "?")
+	var lines []string
+	for line := range strings.Lines(strings.ToValidUTF8(string(e.head)+string(e.tail), "?")) {
+		if line = strings.TrimSpace(line); line != "" {
+			lines = append(lines, line)
+		}
+	}
+	return strings.Join(lines, "; ")
 }

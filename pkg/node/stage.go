@@ -170,9 +170,17 @@ func attachAndMount(ctx context.Context, engine pool.Engine, v pool.Volume, path
 		return pool.Errorf(pool.ErrInvalid, "volume_capability.mount.mount_flags: %w", err)
 	}
 	if err != nil {
-		return fmt.Errorf("mounting volume %s: %w", v.ID, err)
+		return asDamage(fmt.Errorf("mounting volume %s: %w", v.ID, err))
 	}
 	return nil
+}
+
+// asDamage gives a filesystem that only a human may mend its kind.
+func asDamage(err error) error {
+	if errors.Is(err, filesystem.ErrDamaged) {
+		return pool.Errorf(pool.ErrDamaged, "%w; run the filesystem's own repair tool on the volume's image, or restore a snapshot", err)
+	}
+	return err
 }
 
 // zeroAgain undoes a mkfs that was cut off: the volume was never mounted, so
@@ -203,7 +211,7 @@ func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device stri
 			}
 		}
 		if err := filesystem.Check(ctx, device, fsType); err != nil {
-			return fmt.Errorf("checking volume %s: %w", v.ID, err)
+			return asDamage(fmt.Errorf("checking volume %s: %w", v.ID, err))
 		}
 		if err := filesystem.GrowUnmounted(ctx, device, fsType); err != nil {
 			return fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)

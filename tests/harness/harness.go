@@ -47,6 +47,7 @@ type Driver struct {
 	Config string // path of the configuration file
 	Socket string
 	Args   []string // more arguments
+	Env    []string // more of the environment, as "NAME=value"
 	Mode   string   // the driver's command; standalone unless changed
 	Node   string   // its name; NodeID unless changed
 	Binary string   // csi-driver
@@ -205,7 +206,7 @@ func (d *Driver) Command() *exec.Cmd {
 	cmd := exec.Command(d.Binary, args...)
 	cmd.Stdout, cmd.Stderr = d.log, d.log
 	// The race detector lets a process linger for a second when it ends.
-	cmd.Env = append(os.Environ(), "GORACE=atexit_sleep_ms=0")
+	cmd.Env = append(append(os.Environ(), "GORACE=atexit_sleep_ms=0"), d.Env...)
 	return cmd
 }
 

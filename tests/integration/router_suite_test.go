@@ -154,6 +154,16 @@ var byItself = map[string][]string{
 		"TestAPoolWhoseFileIsCutShortFailsAlone",
 		"TestAReadOnlyDirectoryStopsTheStart",
 	},
+	"it is of the programs of one node, and of its kernel: no router has a part in it": {
+		"TestACheckThatFailsIsToldOf",
+		"TestADeviceIsNotFormattedWithoutBlkid",
+		"TestAFreezeThatTakesTooLongIsGivenUp",
+		"TestAMkfsThatFailsLeavesNothingBehind",
+		"TestAPoolWhoseFilesystemCannotBeMadeStopsTheStart",
+		"TestAResizeThatFailsIsToldOf",
+		"TestAToolThatIsMissingIsNamed",
+		"TestAWedgedUnmountHoldsUpNobodyElse",
+	},
 	"its node gets another name; TestAPoolThatMovedToAnotherNodeIsFound is of that behind a router": {
 		"TestAPoolMovesWithItsVolumes",
 	},

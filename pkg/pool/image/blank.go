@@ -102,7 +102,9 @@ func mustReadZeros(f *os.File, off, n int64) error {
 func mustHaveNoSignature(ctx context.Context, device string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "blkid", "-p", "-o", "export", device).CombinedOutput()
+	cmd := exec.CommandContext(ctx, "blkid", "-p", "-o", "export", device)
+	cmd.WaitDelay = time.Second // for who has its output open still
+	out, err := cmd.CombinedOutput()
 	var exit *exec.ExitError
 	switch {
 	case errors.As(err, &exit) && exit.ExitCode() == 2:

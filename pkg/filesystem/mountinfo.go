@@ -1,6 +1,7 @@
 package filesystem
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -29,10 +30,23 @@ type MountPoint struct {
 	Failed        bool // an ext4 that was shut down: all it answers is errors
 }
 
+// mountTable is where the kernel lists the mounts of this process's mount
+// namespace: proc_pid_mountinfo(5).
+const mountTable = "/proc/self/mountinfo"
+
 // Mounts lists what is mounted in this process's mount namespace. A mount may
 // be covered by another at the same path or above it.
 func Mounts() ([]MountPoint, error) {
-	infos, err := mountinfo.GetMounts(nil)
+	table, err := os.ReadFile(mountTable)
+	if err != nil {
+		return nil, err
+	}
+	return parseMounts(table)
+}
+
+// parseMounts parses lines of mountTable.
+func parseMounts(lines []byte) ([]MountPoint, error) {
+	infos, err := mountinfo.GetMountsFromReader(bytes.NewReader(lines), nil)
 	if err != nil {
 		return nil, fmt.Errorf("read mountinfo: %w", err)
 	}
@@ -100,11 +114,41 @@ func mountID(path string) (int, error) {
 // its device node in /dev. It knows nothing of other namespaces, nor of who has
 // the device open: only an exclusive open can prove a device idle.
 func UsesOf(device uint64) (filesystems, nodes []MountPoint, err error) {
-	t, err := ReadTable()
+	table, err := os.ReadFile(mountTable)
 	if err != nil {
 		return nil, nil, err
 	}
-	return t.UsesOf(device)
+	number := fmt.Appendf(nil, "%d:%d", unix.Major(device), unix.Minor(device))
+	root := "/" + kernelName(device)
+	var lines []byte // those that may be about the device: most are not worth parsing
+	for line := range bytes.Lines(table) {
+		if mayUse(line, number, root) {
+			lines = append(lines, line...)
+		}
+	}
+	mounts, err := parseMounts(lines)
+	if err != nil {
+		return nil, nil, err
+	}
+	return newTable(mounts).UsesOf(device)
+}
+
+// mayUse reports whether a line of mountTable can be about a device that has that
+// number, and in the kernel's own /dev that path.
+func mayUse(line, number []byte, root string) bool {
+	fields := bytes.SplitN(line, []byte(" "), 5) // ID, parent's ID, device, root, and the rest
+	if len(fields) < 5 || bytes.Equal(fields[2], number) {
+		return true // the parser tells of a line that is none
+	}
+	_, kind, _ := bytes.Cut(fields[4], []byte(" - "))
+	kind, _, _ = bytes.Cut(kind, []byte(" "))
+	switch string(kind) {
+	case "devtmpfs": // the node of another loop device, which in use are most, is surely that
+		return string(fields[3]) == root || !bytes.HasPrefix(fields[3], []byte("/loop"))
+	case "tmpfs":
+		return string(fields[3]) != "/"
+	}
+	return string(kind) == string(Btrfs)
 }
 
 // Table is the mounts of this process's mount namespace at one moment, for who
@@ -126,6 +170,10 @@ func ReadTable() (*Table, error) {
 	if err != nil {
 		return nil, err
 	}
+	return newTable(mounts), nil
+}
+
+func newTable(mounts []MountPoint) *Table {
 	t := &Table{mounts: mounts}
 	for _, m := range mounts {
 		if (m.Type == "devtmpfs" || m.Type == "tmpfs") && m.Root != "/" {
@@ -133,7 +181,7 @@ func ReadTable() (*Table, error) {
 			t.nodes = append(t.nodes, DeviceNode{m, number})
 		}
 	}
-	return t, nil
+	return t
 }
 
 // DeviceNodes lists the bind mounts of device nodes in /dev.

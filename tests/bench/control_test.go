@@ -2,16 +2,16 @@
 
 // Package bench measures the driver as its users meet it: the real process over
 // its socket, on a file pool. Absolute times are those of one machine; what is
-// compared is compared within one run. `make bench` runs all of it.
+// compared is compared within one run. `make bench` runs all of it, and
+// docs/benchmarks.md has what came out.
 package bench
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"path/filepath"
-	"strconv"
-	"strings"
-	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -24,136 +24,269 @@ func TestMain(m *testing.M) { harness.Main(m) }
 
 const size = 64 << 20
 
-// populated starts a driver whose pool has n volumes.
-func populated(b *testing.B, n int) *harness.Driver {
+// population is a driver whose pool has so many volumes, and a part of them in
+// use.
+type population struct {
+	*harness.Driver
+
+	existing []string // IDs
+	made     atomic.Int64
+}
+
+// populate starts a driver whose pool has n volumes, some of them in use: as
+// block devices, attached and published.
+func populate(b *testing.B, n, inUse int) *population {
 	b.Helper()
-	d := harness.Start(b, harness.FilePool("200Gi"))
-	var workers sync.WaitGroup
-	for w := range 8 {
-		workers.Go(func() {
-			for i := w; i < n; i += 8 {
-				d.Create(fmt.Sprintf("existing-%d", i), size, harness.Block(harness.Writer))
-			}
-		})
+	p := &population{Driver: harness.Start(b, harness.FilePool("2Ti")), existing: make([]string, n)}
+	each(b, 16, n, func(i int) (err error) {
+		p.existing[i], err = p.create(fmt.Sprintf("existing-%d", i), harness.Block(harness.Writer))
+		return err
+	})
+	each(b, 4, inUse, func(i int) error {
+		return p.use(fmt.Sprintf("existing-%d", i), p.existing[i], harness.Block(harness.Writer))
+	})
+	return p
+}
+
+// name gives a name that nothing has.
+func (p *population) name() string { return fmt.Sprintf("new-%d", p.made.Add(1)) }
+
+func (p *population) create(name string, c *csi.VolumeCapability, change ...func(*csi.CreateVolumeRequest)) (id string, err error) {
+	r := &csi.CreateVolumeRequest{Name: name, VolumeCapabilities: []*csi.VolumeCapability{c}, CapacityRange: &csi.CapacityRange{RequiredBytes: size}}
+	for _, change := range change {
+		change(r)
 	}
-	workers.Wait()
-	return d
+	response, err := p.CreateVolume(context.Background(), r)
+	return response.GetVolume().GetVolumeId(), err
 }
 
-var populations = []int{10, 1000}
+func (p *population) delete(id string) error {
+	_, err := p.DeleteVolume(context.Background(), &csi.DeleteVolumeRequest{VolumeId: id})
+	return err
+}
 
-// forEach runs a benchmark beside few and beside many volumes.
-func forEach(b *testing.B, run func(b *testing.B, d *harness.Driver)) {
-	b.Helper()
-	for _, n := range populations {
-		b.Run(fmt.Sprintf("volumes=%d", n), func(b *testing.B) {
-			d := populated(b, n)
-			b.ResetTimer()
-			run(b, d)
-			b.StopTimer()
-		})
+func (p *population) stage(name, id string, c *csi.VolumeCapability) error {
+	staging := filepath.Join(p.Dir, "staging", name)
+	if err := os.MkdirAll(staging, 0o750); err != nil {
+		return err
 	}
+	_, err := p.NodeStageVolume(context.Background(), &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: staging, VolumeCapability: c})
+	return err
 }
 
-func BenchmarkCreateVolume(b *testing.B) {
-	forEach(b, func(b *testing.B, d *harness.Driver) {
-		for i := range b.N {
-			d.Create(fmt.Sprintf("new-%d", i), size, harness.Block(harness.Writer))
-		}
+func (p *population) publish(name, id string, c *csi.VolumeCapability) error {
+	_, err := p.NodePublishVolume(context.Background(), &csi.NodePublishVolumeRequest{
+		VolumeId: id, StagingTargetPath: filepath.Join(p.Dir, "staging", name), TargetPath: p.Target(name), VolumeCapability: c,
 	})
+	return err
 }
 
-func BenchmarkDeleteVolume(b *testing.B) {
-	forEach(b, func(b *testing.B, d *harness.Driver) {
-		for i := range b.N {
-			b.StopTimer()
-			v := d.Create(fmt.Sprintf("new-%d", i), size, harness.Block(harness.Writer))
-			b.StartTimer()
-			d.Delete(v.GetVolumeId())
-		}
-	})
+func (p *population) unpublish(name, id string) error {
+	_, err := p.NodeUnpublishVolume(context.Background(), &csi.NodeUnpublishVolumeRequest{VolumeId: id, TargetPath: p.Target(name)})
+	return err
 }
 
-func BenchmarkCreateSnapshot(b *testing.B) {
-	forEach(b, func(b *testing.B, d *harness.Driver) {
-		v := d.Create("source", size, harness.Block(harness.Writer))
-		b.ResetTimer()
-		for i := range b.N {
-			d.Snapshot(fmt.Sprintf("new-%d", i), v.GetVolumeId())
-		}
-	})
+func (p *population) unstage(name, id string) error {
+	_, err := p.NodeUnstageVolume(context.Background(), &csi.NodeUnstageVolumeRequest{VolumeId: id, StagingTargetPath: filepath.Join(p.Dir, "staging", name)})
+	return err
 }
 
-func BenchmarkGetCapacity(b *testing.B) {
-	forEach(b, func(b *testing.B, d *harness.Driver) {
-		for range b.N {
-			if _, err := d.GetCapacity(d.Context(), &csi.GetCapacityRequest{}); err != nil {
-				b.Fatal(err)
-			}
-		}
-	})
+func (p *population) use(name, id string, c *csi.VolumeCapability) error {
+	if err := p.stage(name, id, c); err != nil {
+		return err
+	}
+	return p.publish(name, id, c)
 }
 
-// BenchmarkFsync is what the calls above stand beside: a file made, synced and
-// renamed, and its directory synced, on the filesystem that holds the pool.
-func BenchmarkFsync(b *testing.B) {
-	dir := b.TempDir()
-	sync := func(path string) {
-		f, err := os.Open(path)
-		if err == nil {
-			err = f.Sync()
-			f.Close()
+// pool is where the pool's own filesystem is mounted.
+func pool(d *harness.Driver) string { return filepath.Join(d.Dir, "state", "mounts", "default") }
+
+// operation is one call that is measured: do makes it, and undo takes away what
+// is then there. Both are made by what comes before, which is not measured.
+type operation struct {
+	name    string
+	prepare func(p *population) (do, undo func() error, err error)
+}
+
+var ext4 = harness.Mount("ext4", harness.Writer)
+
+func nothing() error { return nil }
+
+// operations are the calls, and with fsync what of them is the disk's: a file
+// made, synced and renamed, and its directory synced, on the pool's filesystem.
+var operations = []operation{
+	{"fsync", func(p *population) (do, undo func() error, err error) {
+		dir, err := os.MkdirTemp(pool(p.Driver), "fsync-")
+		return func() error { return syncedFile(dir) }, func() error { return os.RemoveAll(dir) }, err
+	}},
+	{"CreateVolume", func(p *population) (do, undo func() error, err error) {
+		var id string
+		do = func() (err error) {
+			id, err = p.create(p.name(), ext4)
+			return err
 		}
+		return do, func() error { return p.delete(id) }, nil
+	}},
+	{"CreateVolume-clone", func(p *population) (do, undo func() error, err error) {
+		source, err := p.create(p.name(), ext4)
+		var id string
+		do = func() (err error) {
+			id, err = p.create(p.name(), ext4, harness.FromVolume(source))
+			return err
+		}
+		return do, func() error { return first(p.delete(id), p.delete(source)) }, err
+	}},
+	{"DeleteVolume", func(p *population) (do, undo func() error, err error) {
+		id, err := p.create(p.name(), ext4)
+		return func() error { return p.delete(id) }, nothing, err
+	}},
+	{"CreateSnapshot", func(p *population) (do, undo func() error, err error) {
+		source, err := p.create(p.name(), ext4)
+		var id string
+		do = func() error {
+			response, err := p.CreateSnapshot(context.Background(), &csi.CreateSnapshotRequest{Name: p.name(), SourceVolumeId: source})
+			id = response.GetSnapshot().GetSnapshotId()
+			return err
+		}
+		undo = func() error {
+			_, err := p.DeleteSnapshot(context.Background(), &csi.DeleteSnapshotRequest{SnapshotId: id})
+			return first(err, p.delete(source))
+		}
+		return do, undo, err
+	}},
+	{"ControllerExpandVolume", func(p *population) (do, undo func() error, err error) {
+		id, err := p.create(p.name(), ext4)
+		do = func() error {
+			_, err := p.ControllerExpandVolume(context.Background(), &csi.ControllerExpandVolumeRequest{VolumeId: id, CapacityRange: &csi.CapacityRange{RequiredBytes: 2 * size}})
+			return err
+		}
+		return do, func() error { return p.delete(id) }, err
+	}},
+	{"GetCapacity", func(p *population) (do, undo func() error, err error) {
+		return func() error {
+			_, err := p.GetCapacity(context.Background(), &csi.GetCapacityRequest{})
+			return err
+		}, nothing, nil
+	}},
+	{"ListVolumes-10", func(p *population) (do, undo func() error, err error) {
+		return func() error {
+			_, err := p.ListVolumes(context.Background(), &csi.ListVolumesRequest{MaxEntries: 10})
+			return err
+		}, nothing, nil
+	}},
+	{"ControllerGetVolumeHealth", func(p *population) (do, undo func() error, err error) {
+		return func() error {
+			_, err := p.ControllerGetVolumeHealth(context.Background(), &csi.ControllerGetVolumeHealthRequest{VolumeId: p.existing[0]})
+			return err
+		}, nothing, nil
+	}},
+	{"NodeStageVolume-empty", func(p *population) (do, undo func() error, err error) {
+		name := p.name()
+		id, err := p.create(name, ext4)
+		return func() error { return p.stage(name, id, ext4) }, func() error { return first(p.unstage(name, id), p.delete(id)) }, err
+	}},
+	{"NodeStageVolume-formatted", func(p *population) (do, undo func() error, err error) {
+		name := p.name()
+		id, err := p.create(name, ext4)
+		err = first(err, p.stage(name, id, ext4), p.unstage(name, id))
+		return func() error { return p.stage(name, id, ext4) }, func() error { return first(p.unstage(name, id), p.delete(id)) }, err
+	}},
+	{"NodePublishVolume", func(p *population) (do, undo func() error, err error) {
+		name := p.name()
+		id, err := p.create(name, ext4)
+		err = first(err, p.stage(name, id, ext4))
+		undo = func() error { return first(p.unpublish(name, id), p.unstage(name, id), p.delete(id)) }
+		return func() error { return p.publish(name, id, ext4) }, undo, err
+	}},
+	{"NodeUnpublishVolume", func(p *population) (do, undo func() error, err error) {
+		name := p.name()
+		id, err := p.create(name, ext4)
+		err = first(err, p.use(name, id, ext4))
+		return func() error { return p.unpublish(name, id) }, func() error { return first(p.unstage(name, id), p.delete(id)) }, err
+	}},
+	{"NodeUnstageVolume", func(p *population) (do, undo func() error, err error) {
+		name := p.name()
+		id, err := p.create(name, ext4)
+		err = first(err, p.stage(name, id, ext4))
+		return func() error { return p.unstage(name, id) }, func() error { return p.delete(id) }, err
+	}},
+}
+
+// first is the first error.
+func first(errs ...error) error {
+	for _, err := range errs {
 		if err != nil {
-			b.Fatal(err)
+			return err
 		}
 	}
-	for i := range b.N {
-		staged := filepath.Join(dir, "staged")
-		if err := os.WriteFile(staged, []byte("{}"), 0o600); err != nil {
-			b.Fatal(err)
-		}
-		sync(staged)
-		if err := os.Rename(staged, filepath.Join(dir, strconv.Itoa(i))); err != nil {
-			b.Fatal(err)
-		}
-		sync(dir)
-	}
+	return nil
 }
 
-// BenchmarkIdle tells the resident memory of a driver that has just been
-// started, and the time until it serves.
-func BenchmarkIdle(b *testing.B) {
-	forEach(b, func(b *testing.B, d *harness.Driver) {
-		var rss float64
-		var starting time.Duration
-		for range b.N {
-			d.Stop()
-			begin := time.Now()
-			d.Start()
-			starting += time.Since(begin)
-			rss = max(rss, residentMiB(b, d.Pid()))
-		}
-		b.ReportMetric(rss, "MiB-RSS")
-		b.ReportMetric(float64(starting.Milliseconds())/float64(b.N), "ms-to-serve")
-	})
-}
-
-func residentMiB(b *testing.B, pid int) float64 {
-	b.Helper()
-	status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+func syncedFile(dir string) error {
+	staged := filepath.Join(dir, "staged")
+	f, err := os.Create(staged)
 	if err != nil {
-		b.Fatal(err)
+		return err
 	}
-	for line := range strings.Lines(string(status)) {
-		if rest, ok := strings.CutPrefix(line, "VmRSS:"); ok {
-			kb, err := strconv.ParseFloat(strings.Fields(rest)[0], 64)
-			if err != nil {
-				b.Fatal(err)
+	_, err = f.WriteString("{}")
+	if err = first(err, f.Sync(), f.Close(), os.Rename(staged, filepath.Join(dir, "placed"))); err != nil {
+		return err
+	}
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return first(d.Sync(), d.Close())
+}
+
+// BenchmarkCall measures each call beside few and many volumes, one at a time
+// and many at once.
+func BenchmarkCall(b *testing.B) {
+	for _, n := range pick([]int{10, 1000, 10_000}, []int{10, 1000}) {
+		b.Run(fmt.Sprintf("volumes=%d", n), func(b *testing.B) {
+			measureAll(b, populate(b, n, 2), pick([]int{1, 8, 32}, []int{1, 32})...)
+		})
+	}
+}
+
+// BenchmarkCallInUse measures each call beside few and many volumes that are in
+// use, which the kernel knows loop devices and mounts of.
+func BenchmarkCallInUse(b *testing.B) {
+	for _, n := range []int{10, 200} {
+		b.Run(fmt.Sprintf("inuse=%d", n), func(b *testing.B) {
+			measureAll(b, populate(b, 200, n), 1)
+		})
+	}
+}
+
+func measureAll(b *testing.B, p *population, inFlight ...int) {
+	b.Helper()
+	for _, o := range operations {
+		b.Run(o.name, func(b *testing.B) {
+			for _, n := range inFlight {
+				b.Run(fmt.Sprintf("inflight=%d", n), func(b *testing.B) { o.measure(b, p, n) })
 			}
-			return kb / 1024
-		}
+		})
 	}
-	b.Fatal("the process has no VmRSS")
-	return 0
+}
+
+func (o operation) measure(b *testing.B, p *population, inFlight int) {
+	b.Helper()
+	do, undo := make([]func() error, b.N), make([]func() error, b.N)
+	each(b, 8, b.N, func(i int) (err error) {
+		do[i], undo[i], err = o.prepare(p)
+		return err
+	})
+	took := make([]time.Duration, b.N)
+	b.ResetTimer()
+	each(b, inFlight, b.N, func(i int) error {
+		begin := time.Now()
+		err := do[i]()
+		took[i] = time.Since(begin)
+		return err
+	})
+	b.StopTimer()
+	reportLatency(b, took)
+	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "calls/s")
+	each(b, 8, b.N, func(i int) error { return undo[i]() })
 }

@@ -109,10 +109,3 @@ func copyPlainly(b *testing.B, from, to string) {
 	must(b, c.Close())
 	must(b, <-received)
 }
-
-func must(b *testing.B, err error) {
-	b.Helper()
-	if err != nil {
-		b.Fatal(err)
-	}
-}

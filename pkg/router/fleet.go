@@ -125,6 +125,8 @@ type fleet struct {
 
 	mu          sync.Mutex
 	connections map[Node]*grpc.ClientConn
+	known       []Node   // as they were last, ordered by segment
+	members     []member // of those
 }
 
 // member is a node that can be called. A connection is made when it is needed,
@@ -158,16 +160,29 @@ func (f *fleet) list(ctx context.Context) ([]member, error) {
 	slices.SortFunc(nodes, func(a, b Node) int { return cmp.Compare(a.Segment, b.Segment) })
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !slices.Equal(nodes, f.known) {
+		if err := f.learn(nodes); err != nil {
+			return nil, err
+		}
+	}
+	return slices.Clone(f.members), nil
+}
+
+// learn takes over a fleet that is another than before. It is called with the
+// lock held.
+func (f *fleet) learn(nodes []Node) error {
+	f.known, f.members = nil, nil
 	f.forget(nodes)
 	members := make([]member, 0, len(nodes))
 	for _, n := range nodes {
 		connection, err := f.connect(n)
 		if err != nil {
-			return nil, fmt.Errorf("node %s at %s: %w", n.Segment, n.Address, err)
+			return fmt.Errorf("node %s at %s: %w", n.Segment, n.Address, err)
 		}
 		members = append(members, member{n, csi.NewControllerClient(connection), csi.NewSnapshotMetadataClient(connection), csi.NewGroupControllerClient(connection), peerapi.NewGroupsClient(connection)})
 	}
-	return members, nil
+	f.known, f.members = nodes, members
+	return nil
 }
 
 // connect gives the connection to a node. It is called with the lock held.
@@ -189,8 +204,12 @@ func (f *fleet) connect(n Node) (grpc.ClientConnInterface, error) {
 // forget closes the connections to nodes that are gone or have moved. It is
 // called with the lock held.
 func (f *fleet) forget(nodes []Node) {
+	there := map[Node]bool{}
+	for _, n := range nodes {
+		there[n] = true
+	}
 	for n, connection := range f.connections {
-		if !slices.Contains(nodes, n) {
+		if !there[n] {
 			_ = connection.Close() // its calls in flight fail, as they would anyway
 			delete(f.connections, n)
 		}

@@ -98,8 +98,8 @@ func (p *population) use(name, id string, c *csi.VolumeCapability) error {
 	return p.publish(name, id, c)
 }
 
-// pool is where the pool's own filesystem is mounted.
-func pool(d *harness.Driver) string { return filepath.Join(d.Dir, "state", "mounts", "default") }
+// poolDir is where the pool's own filesystem is mounted.
+func poolDir(d *harness.Driver) string { return filepath.Join(d.Dir, "state", "mounts", "default") }
 
 // operation is one call that is measured: do makes it, and undo takes away what
 // is then there. Both are made by what comes before, which is not measured.
@@ -116,7 +116,7 @@ func nothing() error { return nil }
 // made, synced and renamed, and its directory synced, on the pool's filesystem.
 var operations = []operation{
 	{"fsync", func(p *population) (do, undo func() error, err error) {
-		dir, err := os.MkdirTemp(pool(p.Driver), "fsync-")
+		dir, err := os.MkdirTemp(poolDir(p.Driver), "fsync-")
 		return func() error { return syncedFile(dir) }, func() error { return os.RemoveAll(dir) }, err
 	}},
 	{"CreateVolume", func(p *population) (do, undo func() error, err error) {

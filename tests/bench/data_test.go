@@ -3,97 +3,291 @@
 package bench
 
 import (
+	"bytes"
+	"context"
+	"encoding/json"
 	"fmt"
-	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
-	"slices"
-	"syscall"
 	"testing"
-	"time"
 
+	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
 
+	"github.com/orlop-csi/orlop/pkg/extent"
+	"github.com/orlop-csi/orlop/pkg/filesystem"
+	"github.com/orlop-csi/orlop/pkg/loop"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
-// BenchmarkBlockVolume compares a block volume with a plain file on the pool's
-// own filesystem, both with direct I/O, one request at a time. It takes turns
-// between the two in short rounds, so that a machine that is busy for a while
-// is so for both, and reports the median of the ratios of speed: 1 is as fast
-// as the file.
-func BenchmarkBlockVolume(b *testing.B) {
-	const span = 256 << 20
-	d := harness.Start(b, harness.FilePool("8Gi"))
-	c := harness.Block(harness.Writer)
-	v := d.Create("volume", span, c)
-	device := open(b, d.Use("volume", v.GetVolumeId(), c))
-	plain := open(b, filepath.Join(d.Dir, "state", "mounts", "default", "plain"))
-	buffer := aligned(b, 1<<20)
-	for _, f := range []*os.File{device, plain} { // nothing is written for the first time later
-		for off := int64(0); off < span; off += int64(len(buffer)) {
-			if _, err := f.WriteAt(buffer, off); err != nil {
-				b.Fatal(err)
+// row is one way of using a device or a file, as fio has it.
+type row struct {
+	name      string
+	arguments []string
+}
+
+var (
+	randomWrite = row{"4k-randwrite-qd16", []string{"--rw=randwrite", "--bs=4k", "--iodepth=16"}}
+	randomRead  = row{"4k-randread-qd16", []string{"--rw=randread", "--bs=4k", "--iodepth=16"}}
+	rows        = []row{
+		{"4k-randread-qd1", []string{"--rw=randread", "--bs=4k", "--iodepth=1"}},
+		randomRead,
+		{"4k-randwrite-qd1", []string{"--rw=randwrite", "--bs=4k", "--iodepth=1"}},
+		randomWrite,
+		{"1M-read", []string{"--rw=read", "--bs=1M", "--iodepth=4"}},
+		{"1M-write", []string{"--rw=write", "--bs=1M", "--iodepth=4"}},
+		{"4k-write-fsync", []string{"--rw=randwrite", "--bs=4k", "--iodepth=1", "--fsync=1"}},
+		{"4k-mixed-qd16", []string{"--rw=randrw", "--rwmixread=70", "--bs=4k", "--iodepth=16"}},
+	}
+)
+
+// span is how large what is written and read is, in bytes.
+var span = pick[int64](1<<30, 256<<20)
+
+// target is a device or a file that is measured.
+type target struct{ name, path string }
+
+// fio runs a row on a target and gives the bytes per second. What is written is
+// written past the page cache.
+func (r row) fio(b *testing.B, at target, more ...string) float64 {
+	b.Helper()
+	arguments := append([]string{
+		"--name=" + r.name, "--filename=" + at.path, "--size=" + fmt.Sprint(span), "--direct=1", "--ioengine=libaio",
+		"--output-format=json", "--randrepeat=0", "--norandommap=1", "--allow_mounted_write=1",
+	}, r.arguments...)
+	out, err := exec.Command("fio", append(arguments, more...)...).Output()
+	must(b, err)
+	var report struct {
+		Jobs []struct {
+			Error       int
+			Read, Write struct {
+				Bytes   float64 `json:"io_bytes"`
+				Runtime float64 // milliseconds
 			}
 		}
 	}
-	for _, kind := range []struct {
-		name   string
-		size   int64
-		random bool
-		do     func(f *os.File, p []byte, off int64) (int, error)
-	}{
-		{"random read of 4 KiB", 4 << 10, true, (*os.File).ReadAt},
-		{"random write of 4 KiB", 4 << 10, true, (*os.File).WriteAt},
-		{"sequential read of 1 MiB", 1 << 20, false, (*os.File).ReadAt},
-		{"sequential write of 1 MiB", 1 << 20, false, (*os.File).WriteAt},
-	} {
-		b.Run(kind.name, func(b *testing.B) {
-			round := func(f *os.File, offsets []int64) time.Duration {
-				begin := time.Now()
-				for _, off := range offsets {
-					if _, err := kind.do(f, buffer[:kind.size], off); err != nil {
-						b.Fatal(err)
-					}
+	must(b, json.Unmarshal(out[bytes.IndexByte(out, '{'):], &report))
+	job := report.Jobs[0]
+	if job.Error != 0 {
+		b.Fatalf("fio on %s: error %d", at.path, job.Error)
+	}
+	return (job.Read.Bytes + job.Write.Bytes) / max(job.Read.Runtime, job.Write.Runtime) * 1000
+}
+
+// timed is how long one turn of a row is.
+func timed() []string {
+	return []string{"--time_based", "--runtime=" + pick("1", "500ms"), "--ramp_time=" + pick("200ms", "100ms")}
+}
+
+// fill writes all of a target once.
+func (at target) fill(b *testing.B) {
+	b.Helper()
+	row{"fill", []string{"--rw=write", "--bs=1M", "--iodepth=4", "--end_fsync=1"}}.fio(b, at)
+}
+
+// inTurns runs rows on targets in turns, and tells for each the median of the
+// ratios to each of the references, which are the first targets; so many.
+func inTurns(b *testing.B, rows []row, references int, targets ...target) {
+	b.Helper()
+	for _, r := range rows {
+		b.Run(r.name, func(b *testing.B) {
+			speeds := make([][]float64, len(targets))
+			for turn := range b.N {
+				for i := range targets {
+					at := (i + turn) % len(targets) // each is the first at times
+					speeds[at] = append(speeds[at], r.fio(b, targets[at], timed()...))
 				}
-				return time.Since(begin)
 			}
-			var ratios []float64
-			for range b.N {
-				offsets := make([]int64, 64)
-				for i := range offsets {
-					offsets[i] = int64(i) * kind.size
-					if kind.random {
-						offsets[i] = rand.Int64N(span/kind.size) * kind.size
-					}
-				}
-				onFile, onVolume := round(plain, offsets), round(device, offsets)
-				ratios = append(ratios, float64(onFile)/float64(onVolume))
-			}
-			slices.Sort(ratios)
-			b.ReportMetric(ratios[len(ratios)/2], "of-file")
-			b.ReportMetric(0, "ns/op") // of both together: means nothing
+			tell(b, references, targets, speeds)
 		})
 	}
 }
 
-func open(b *testing.B, path string) *os.File {
+func tell(b *testing.B, references int, targets []target, speeds [][]float64) {
 	b.Helper()
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_DIRECT, 0o600)
-	if err != nil {
-		b.Fatal(err)
+	for i, at := range targets {
+		b.ReportMetric(quantile(speeds[i], 0.5)/1e6, at.name+"-MB/s")
+		for j := range min(i, references) {
+			ratios := make([]float64, len(speeds[i]))
+			for turn := range ratios {
+				ratios[turn] = speeds[i][turn] / speeds[j][turn]
+			}
+			reportRatio(b, ratios, at.name+"/"+targets[j].name)
+		}
 	}
-	b.Cleanup(func() { f.Close() })
-	return f
+	b.ReportMetric(0, "ns/op")
 }
 
-// aligned makes a buffer as direct I/O wants it.
-func aligned(b *testing.B, size int) []byte {
+// bareLoop attaches a file of the pool's own filesystem to a loop device, as the
+// driver does, and nothing else: the limit of the mechanism.
+func bareLoop(b *testing.B, d *harness.Driver, name string) target {
 	b.Helper()
-	buffer, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
-	if err != nil {
-		b.Fatal(fmt.Errorf("mmap: %w", err))
+	f, err := os.Create(filepath.Join(poolDir(d), name))
+	must(b, err)
+	defer f.Close()
+	must(b, extent.Prepare(f, 128<<10))
+	must(b, f.Truncate(2*span))
+	return attached(b, f, name)
+}
+
+func attached(b *testing.B, f *os.File, name string) target {
+	b.Helper()
+	device, err := loop.Attach(f, loop.Options{BlockSize: 4096})
+	must(b, err)
+	b.Cleanup(func() { must(b, first(device.Detach(context.Background()), os.Remove(f.Name()))) })
+	return target{name, device.Path}
+}
+
+func plainFile(b *testing.B, d *harness.Driver) target {
+	b.Helper()
+	at := target{"file", filepath.Join(poolDir(d), "plain")}
+	must(b, os.WriteFile(at.path, nil, 0o600))
+	must(b, os.Truncate(at.path, 2*span))
+	b.Cleanup(func() { os.Remove(at.path) })
+	return at
+}
+
+// volume makes a volume, and gives where it is published.
+func (p *population) volume(b *testing.B, name string, c *csi.VolumeCapability, change ...func(*csi.CreateVolumeRequest)) (path, id string) {
+	b.Helper()
+	change = append(change, func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 2 * span })
+	id, err := p.create(name, c, change...)
+	must(b, err)
+	must(b, p.use(name, id, c))
+	return p.Target(name), id
+}
+
+func (p *population) remove(b *testing.B, name, id string) {
+	b.Helper()
+	must(b, first(p.unpublish(name, id), p.unstage(name, id), p.delete(id)))
+}
+
+// BenchmarkBlockVolume sets block volumes that have been written against a bare
+// loop device on a file of the same filesystem, and that file by itself.
+func BenchmarkBlockVolume(b *testing.B) {
+	p := &population{Driver: harness.Start(b, harness.FilePool("16Gi"))}
+	block := harness.Block(harness.Writer)
+	thin, _ := p.volume(b, "thin", block)
+	thick, _ := p.volume(b, "thick", block, harness.Parameters("provisioning", "thick"))
+	targets := []target{plainFile(b, p.Driver), bareLoop(b, p.Driver, "loop"), {"thin", thin}, {"thick", thick}}
+	for _, at := range targets {
+		at.fill(b)
 	}
-	b.Cleanup(func() { _ = unix.Munmap(buffer) })
-	return buffer
+	inTurns(b, rows, 2, targets...)
+}
+
+// BenchmarkFilesystemVolume sets a file in a filesystem volume against a file in
+// the same filesystem on a bare loop device.
+func BenchmarkFilesystemVolume(b *testing.B) {
+	for _, fs := range []string{"ext4", "xfs"} {
+		b.Run(fs, func(b *testing.B) {
+			p := &population{Driver: harness.Start(b, harness.FilePool("16Gi"))}
+			device := bareLoop(b, p.Driver, "loop")
+			must(b, filesystem.Make(b.Context(), device.path, filesystem.Type(fs), nil))
+			dir := filepath.Join(b.TempDir(), "mount")
+			must(b, os.Mkdir(dir, 0o700))
+			must(b, filesystem.Mount(b.Context(), device.path, dir, filesystem.Type(fs), nil, false))
+			b.Cleanup(func() { must(b, unix.Unmount(dir, 0)) })
+			thin, _ := p.volume(b, "thin", harness.Mount(fs, harness.Writer))
+			thick, _ := p.volume(b, "thick", harness.Mount(fs, harness.Writer), harness.Parameters("provisioning", "thick"))
+			targets := []target{{"loop", filepath.Join(dir, "file")}, {"thin", filepath.Join(thin, "file")}, {"thick", filepath.Join(thick, "file")}}
+			for _, at := range targets {
+				at.fill(b)
+			}
+			inTurns(b, rows, 1, targets...)
+		})
+	}
+}
+
+// BenchmarkFirstWrite sets the first write of all of a volume against that of a
+// bare loop device on a new file, at random and from the beginning to the end.
+func BenchmarkFirstWrite(b *testing.B) {
+	p := &population{Driver: harness.Start(b, harness.FilePool("16Gi"))}
+	block := harness.Block(harness.Writer)
+	for _, r := range []row{
+		{"4k-randwrite-qd16", []string{"--rw=randwrite", "--bs=4k", "--iodepth=16", "--io_size=" + fmt.Sprint(span/8)}},
+		{"1M-write", []string{"--rw=write", "--bs=1M", "--iodepth=4"}},
+	} {
+		b.Run(r.name, func(b *testing.B) {
+			targets := []target{{name: "loop"}, {name: "thin"}, {name: "thick"}}
+			speeds := make([][]float64, len(targets))
+			for turn := range b.N {
+				for i := range targets {
+					at := (i + turn) % len(targets)
+					var speed float64
+					if at == 0 {
+						f, err := os.Create(filepath.Join(poolDir(p.Driver), "new"))
+						must(b, err)
+						must(b, extent.Prepare(f, 128<<10))
+						must(b, f.Truncate(2*span))
+						device, err := loop.Attach(f, loop.Options{BlockSize: 4096})
+						must(b, err)
+						speed = r.fio(b, target{"loop", device.Path})
+						must(b, first(device.Detach(context.Background()), f.Close(), os.Remove(f.Name())))
+					} else {
+						name := p.name()
+						path, id := p.volume(b, name, block, harness.Parameters("provisioning", targets[at].name))
+						speed = r.fio(b, target{targets[at].name, path})
+						p.remove(b, name, id)
+					}
+					speeds[at] = append(speeds[at], speed)
+				}
+			}
+			tell(b, 1, targets, speeds)
+		})
+	}
+}
+
+// BenchmarkAfterSnapshots sets a block volume of which there are snapshots, just
+// cut, against one of which there is none, and against a bare loop device on a
+// file that was reflinked as often: what sharing blocks costs.
+func BenchmarkAfterSnapshots(b *testing.B) {
+	p := &population{Driver: harness.Start(b, harness.FilePool("40Gi"))}
+	block := harness.Block(harness.Writer)
+	fresh, _ := p.volume(b, "fresh", block)
+	shared, id := p.volume(b, "shared", block)
+	device := bareLoop(b, p.Driver, "loop")
+	image, err := os.Open(filepath.Join(poolDir(p.Driver), "loop"))
+	must(b, err)
+	defer image.Close()
+	targets := []target{{"fresh", fresh}, {"reflinked", device.path}, {"snapshotted", shared}}
+	for _, at := range targets {
+		at.fill(b)
+	}
+	made := 0
+	cut := func(b *testing.B) (undo func()) { // one of each
+		b.Helper()
+		made++
+		snapshot := p.Snapshot(p.name(), id).GetSnapshotId()
+		clone, err := os.Create(filepath.Join(poolDir(p.Driver), fmt.Sprintf("reflink-%d", made)))
+		must(b, err)
+		must(b, extent.Clone(clone, image))
+		return func() {
+			_, err := p.DeleteSnapshot(context.Background(), &csi.DeleteSnapshotRequest{SnapshotId: snapshot})
+			must(b, first(err, os.Remove(clone.Name()), clone.Close()))
+		}
+	}
+	for _, n := range []int{1, 10} {
+		for range n - 1 { // between two snapshots something is written
+			defer cut(b)()
+			for _, at := range targets[1:] {
+				randomWrite.fio(b, at, "--io_size="+fmt.Sprint(span/64))
+			}
+		}
+		for _, r := range []row{randomWrite, randomRead} {
+			b.Run(fmt.Sprintf("snapshots=%d/%s", n, r.name), func(b *testing.B) {
+				speeds := make([][]float64, len(targets))
+				for turn := range b.N {
+					undo := cut(b)
+					for i := range targets {
+						at := (i + turn) % len(targets)
+						speeds[at] = append(speeds[at], r.fio(b, targets[at], "--time_based", "--runtime="+pick("1", "500ms")))
+					}
+					undo()
+				}
+				tell(b, 2, targets, speeds)
+			})
+		}
+	}
 }

@@ -12,8 +12,11 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // quick shortens what takes long: fewer volumes, smaller files, shorter runs.
@@ -113,4 +116,21 @@ func processorTime(b *testing.B, pid int) time.Duration {
 		ticks += n
 	}
 	return time.Duration(ticks) * 10 * time.Millisecond // USER_HZ is 100
+}
+
+func open(b *testing.B, path string) *os.File {
+	b.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|syscall.O_DIRECT, 0o600)
+	must(b, err)
+	b.Cleanup(func() { f.Close() })
+	return f
+}
+
+// aligned makes a buffer as direct I/O wants it.
+func aligned(b *testing.B, size int) []byte {
+	b.Helper()
+	buffer, err := unix.Mmap(-1, 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_ANON|unix.MAP_PRIVATE)
+	must(b, err)
+	b.Cleanup(func() { _ = unix.Munmap(buffer) })
+	return buffer
 }

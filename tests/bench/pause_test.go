@@ -46,7 +46,7 @@ func BenchmarkSnapshotOfLiveVolume(b *testing.B) {
 			must(b, err)
 			fillAtRandom(b, file, volume)
 			w := startWriter(b, file, volume)
-			image, err := os.Open(filepath.Join(pool(d), "volumes", name, "data"))
+			image, err := os.Open(filepath.Join(poolDir(d), "volumes", name, "data"))
 			must(b, err)
 			b.Run("pause", func(b *testing.B) { pauses(b, p, w, id, image) })
 			w.stop()
@@ -62,7 +62,7 @@ func pauses(b *testing.B, p *population, w *writer, id string, image *os.File) {
 	var pauses, alone, clones, calls []time.Duration
 	for range b.N {
 		time.Sleep(100 * time.Millisecond) // the writer writes anew what is shared
-		to, err := os.Create(filepath.Join(pool(p.Driver), "reflink"))
+		to, err := os.Create(filepath.Join(poolDir(p.Driver), "reflink"))
 		must(b, err)
 		w.reset()
 		begin := time.Now()

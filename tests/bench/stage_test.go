@@ -37,7 +37,7 @@ func BenchmarkStage(b *testing.B) {
 					name := p.name()
 					id, err := p.create(name, c, func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = gib << 30 })
 					must(b, err)
-					image, err := os.Create(filepath.Join(pool(d), "by-hand"))
+					image, err := os.Create(filepath.Join(poolDir(d), "by-hand"))
 					must(b, err)
 					must(b, image.Truncate(gib<<30))
 					device, err := loop.Attach(image, loop.Options{BlockSize: 4096})
@@ -52,7 +52,7 @@ func BenchmarkStage(b *testing.B) {
 					hand = append(hand, time.Since(begin))
 					must(b, unix.Syncfs(int(image.Fd())))
 					times = append(times, float64(driver[len(driver)-1])/float64(hand[len(hand)-1]))
-					disk = append(disk, float64(blocks(b, filepath.Join(pool(d), "volumes", name, "data")))/float64(blocks(b, image.Name())))
+					disk = append(disk, float64(blocks(b, filepath.Join(poolDir(d), "volumes", name, "data")))/float64(blocks(b, image.Name())))
 
 					must(b, unix.Unmount(byHand, 0))
 					must(b, device.Detach(b.Context()))

@@ -203,6 +203,9 @@ func (o operation) crash(w *world, what string, at point, family bool) bool {
 	}
 	w.at = fmt.Sprintf("%s, killed at change %d (%s), to %s", o.name, len(tr.changes), tr.changes[len(tr.changes)-1], what)
 	w.Start()
+	if o.started != nil {
+		o.started(w)
+	}
 	return true
 }
 

@@ -28,6 +28,11 @@ var mutants = []struct {
 		"CreateVolumeGroupSnapshot, with a block volume of a pod", "the pod is frozen",
 	},
 	{
+		"what there is of a group is not removed at the start", "pool/image/cuts.go",
+		"if err := e.takeBack(path.Join(snapshotsDir, name)); err != nil {", "if err := error(nil); err != nil {",
+		"CreateVolumeGroupSnapshot, of live volumes", "snapshots of a group of",
+	},
+	{
 		"what was being made is not removed at the start", "pool/image/recover.go",
 		"if err := remove(at); err != nil {", "if err := error(nil); remove == nil && err != nil {",
 		"start, after a crash", "not removed",

@@ -29,6 +29,7 @@ type operation struct {
 	prepare func(w *world)                            // makes what the call starts from
 	call    func(ctx context.Context, w *world) error // nil is the start of the driver
 	check   func(w *world)                            // looks at the data after the call, and may use the volume
+	started func(w *world)                            // looks at what the start after a kill has left
 	undo    func(w *world)                            // takes away what prepare and call made, however far the call got
 	follow  func(w *world)                            // makes up for what a failure of the power brings forward
 	revive  func(w *world)                            // does again what a failure of the power has undone of prepare and once
@@ -191,6 +192,7 @@ var operations = []operation{
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
 		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
 		call:    groupSnapshot,
+		started: (*world).groupIsWhole,
 		check: func(w *world) {
 			w.must(create(64*mib, ext4, harness.FromSnapshot(w.member("source")))(w.Context(), w))
 			w.copied("v", ext4)
@@ -199,11 +201,12 @@ var operations = []operation{
 		undo: func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
 	},
 	{
-		name:   "CreateVolumeGroupSnapshot, with a block volume of a pod",
-		shares: true,
-		once:   func(w *world) { w.inPod("raw") },
-		call:   groupSnapshot,
-		undo:   func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
+		name:    "CreateVolumeGroupSnapshot, with a block volume of a pod",
+		shares:  true,
+		once:    func(w *world) { w.inPod("raw") },
+		call:    groupSnapshot,
+		started: (*world).groupIsWhole,
+		undo:    func(w *world) { w.end("DeleteVolumeGroupSnapshot", w.ungroup) },
 	},
 	{
 		name:    "DeleteVolumeGroupSnapshot",
@@ -540,6 +543,23 @@ func (w *world) member(name string) string {
 func groupSnapshot(ctx context.Context, w *world) error {
 	_, err := w.CreateVolumeGroupSnapshot(ctx, &csi.CreateVolumeGroupSnapshotRequest{Name: "cut", SourceVolumeIds: w.grouped()})
 	return err
+}
+
+// groupIsWhole checks that there is all of the group or nothing, before anybody
+// has asked for it again.
+func (w *world) groupIsWhole() {
+	w.t.Helper()
+	list, err := w.ListSnapshots(w.Context(), &csi.ListSnapshotsRequest{})
+	w.must(err)
+	members := 0
+	for _, entry := range list.GetEntries() {
+		if entry.GetSnapshot().GetGroupSnapshotId() != "" {
+			members++
+		}
+	}
+	if want := len(w.grouped()); members != 0 && members != want {
+		w.t.Errorf("%s: after the start there are %d snapshots of a group of %d", w.at, members, want)
+	}
 }
 
 func (w *world) ungroup(ctx context.Context) error {

@@ -17,6 +17,8 @@ import (
 	"google.golang.org/protobuf/proto"
 	"google.golang.org/protobuf/reflect/protoreflect"
 	"k8s.io/klog/v2"
+
+	"github.com/orlop-csi/orlop/pkg/pool"
 )
 
 // The verbosity from which on the log has more than one line for each call that
@@ -62,6 +64,12 @@ var subjects = []struct {
 	{"target_snapshot_id", "targetSnapshotID"},
 }
 
+// maxInFlight is how many calls there may be at a time: far more than any
+// orchestrator makes, and far fewer than the threads that a Go program may have
+// (runtime/debug.SetMaxThreads), of which each call takes one that hangs in the
+// kernel.
+const maxInFlight = 2000
+
 // edge is what every call passes on its way in and out: it checks the size of
 // what is asked, makes a panic or an error a status, and tells the log and the
 // metrics how the call ended. Nothing further in logs.
@@ -94,10 +102,16 @@ func (e *edge) stream(service any, stream grpc.ServerStream, info *grpc.StreamSe
 }
 
 func (e *edge) admit(ctx context.Context, c *call) error {
-	if e.guard == nil {
-		return nil
+	if e.guard != nil {
+		if err := e.guard(ctx, c.method); err != nil {
+			return err
+		}
 	}
-	return e.guard(ctx, c.method)
+	// Whether the driver is there is asked by who would end it if it were not.
+	if n := e.inFlight.Load(); n > maxInFlight && !strings.HasPrefix(c.method, "/csi.v1.Identity/") {
+		return pool.Errorf(pool.ErrUnavailable, "%d calls are in flight, and no more than %d may be: see why they do not end, and repeat the call", n-1, maxInFlight)
+	}
+	return nil
 }
 
 // checkedStream is a stream whose incoming messages pass the edge.

@@ -74,11 +74,20 @@ type Operations struct {
 	inFlight map[string][]Operation
 }
 
-// Begin enters an operation on key, or refuses with ErrBusy if one in flight
-// forbids it. The returned function ends it and must be called once.
+// maxKeys is on how many volumes and snapshots there may be operations at a time.
+// One that goes on after its caller has left is no call in flight any more, and
+// still takes a thread if it hangs in the kernel.
+const maxKeys = 4000
+
+// Begin enters an operation on key, or refuses: with ErrBusy if one in flight
+// forbids it, with ErrUnavailable if there are too many. The returned function
+// ends it and must be called once.
 func (o *Operations) Begin(key string, op Operation) (end func(), err error) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
+	if len(o.inFlight) >= maxKeys {
+		return nil, Errorf(ErrUnavailable, "%s of %s must wait: %d volumes and snapshots are being worked on; see why that does not end, and repeat the call", op, key, len(o.inFlight))
+	}
 	for _, other := range o.inFlight[key] {
 		if !overlap[op][other] {
 			return nil, Errorf(ErrBusy, "%s of %s must wait: its %s has not ended; repeat the call", op, key, other)

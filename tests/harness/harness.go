@@ -31,6 +31,10 @@ import (
 	"github.com/orlop-csi/orlop/pkg/loop"
 )
 
+// Race tells whether the tests, and the driver that they build, have the race
+// detector.
+const Race = raceEnabled
+
 // NodeID is the name of the node that drivers run as.
 const NodeID = "node-1"
 

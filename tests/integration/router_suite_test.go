@@ -164,6 +164,12 @@ var byItself = map[string][]string{
 		"TestAToolThatIsMissingIsNamed",
 		"TestAWedgedUnmountHoldsUpNobodyElse",
 	},
+	"it is of what one process can bear: a router refuses by the same rule": {
+		"TestALinkThatComesAndGoesInTheKubeletsDirectoryLeadsNowhere",
+		"TestHugeRequestsAreRefused",
+		"TestManyCallsForOneNameMakeOneVolume",
+		"TestTenThousandCallsInFlightDoNoHarm",
+	},
 	"its node gets another name; TestAPoolThatMovedToAnotherNodeIsFound is of that behind a router": {
 		"TestAPoolMovesWithItsVolumes",
 	},

@@ -80,6 +80,7 @@ func (r *run) lookOnce(open []model.Operation) error {
 			facts[what] = value
 		}
 	}
+	problems = append(problems, r.lookAtRouter(ctx, facts))
 	for what, values := range allowed {
 		if values[""] && len(values) > 1 && strings.HasPrefix(what, model.FactTarget) {
 			values[empty] = true // between the path's making and its mount, or after that
@@ -99,6 +100,29 @@ func (r *run) lookOnce(open []model.Operation) error {
 		err = fmt.Errorf("%w\nwhile these were under way: %v", err, open)
 	}
 	return err
+}
+
+// lookAtRouter compares what a router lists with what its nodes do.
+func (r *run) lookAtRouter(ctx context.Context, facts map[string]string) error {
+	if r.site.quiet() {
+		return nil // there is none
+	}
+	routed := map[string]string{}
+	if _, err := lookAtLists(ctx, r.site.client(), routed); err != nil {
+		return err
+	}
+	var problems []error
+	for what, value := range routed {
+		if facts[what] != value {
+			problems = append(problems, fmt.Errorf("the router lists %s as %q, and the nodes as %q", what, value, facts[what]))
+		}
+	}
+	for what := range facts {
+		if _, ok := routed[what]; !ok && (strings.HasPrefix(what, model.FactVolume) || strings.HasPrefix(what, model.FactSnapshot)) {
+			problems = append(problems, fmt.Errorf("the router does not list %s", what))
+		}
+	}
+	return errors.Join(problems...)
 }
 
 // empty is how a target is published at which nothing is mounted.
@@ -121,7 +145,7 @@ func (r *run) lookAt(ctx context.Context, m *machine, c copies) (map[string]stri
 	facts := map[string]string{}
 	var problems []error
 	problem := func(format string, args ...any) { problems = append(problems, fmt.Errorf(format, args...)) }
-	names, err := m.lookAtLists(ctx, facts)
+	names, err := lookAtLists(ctx, m.node.controller, facts)
 	if err != nil {
 		return nil, err
 	}
@@ -176,8 +200,8 @@ func (r *run) settle(m *machine, c copies) error {
 
 // lookAtLists takes in what a driver lists, and gives the names in the world of
 // the directories of the pool.
-func (m *machine) lookAtLists(ctx context.Context, facts map[string]string) (names map[string]string, err error) {
-	volumes, snapshots, err := listed(ctx, m.node.controller, 0)
+func lookAtLists(ctx context.Context, c clients, facts map[string]string) (names map[string]string, err error) {
+	volumes, snapshots, err := listed(ctx, c, 0)
 	if err != nil {
 		return nil, err
 	}

@@ -319,6 +319,8 @@ func (r *run) pause(volumes []string) (end func()) {
 		}
 	}
 	r.mu.Unlock()
+	r.steady.RLock()
+	defer r.steady.RUnlock()
 	for _, w := range paused {
 		w.pause.Lock()
 		w.held.Store(true)
@@ -496,17 +498,9 @@ func mustBeReadOnly(target string, kind model.Kind) error {
 func (r *run) unpublish(o model.Operation) error {
 	v, m, id := r.volume(o.Volume)
 	if v.Published == model.Writable {
-		r.mu.Lock()
-		w := r.live[o.Volume]
-		r.mu.Unlock()
-		if err := w.end(); err != nil {
+		if err := r.endWriter(o.Volume); err != nil {
 			return fmt.Errorf("its writer: %w", err)
 		}
-		r.figures.records.Add(w.safe.Load() - w.first + 1)
-		r.mu.Lock()
-		delete(r.live, o.Volume)
-		r.world.Volumes[o.Volume].Content.End(w.safe.Load())
-		r.mu.Unlock()
 	}
 	target := m.target(o.Volume)
 	_, err := ask(r, o, "NodeUnpublishVolume", func(ctx context.Context) (*csi.NodeUnpublishVolumeResponse, error) {
@@ -519,6 +513,24 @@ func (r *run) unpublish(o model.Operation) error {
 		return errors.New("its target is still there")
 	}
 	r.apply(o)
+	return nil
+}
+
+// endWriter ends the writer of a volume.
+func (r *run) endWriter(volume string) error {
+	r.steady.RLock()
+	defer r.steady.RUnlock()
+	r.mu.Lock()
+	w := r.live[volume]
+	r.mu.Unlock()
+	if err := w.end(); err != nil {
+		return err
+	}
+	r.figures.records.Add(w.safe.Load() - w.first + 1)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.live, volume)
+	r.world.Volumes[volume].Content.End(w.safe.Load())
 	return nil
 }
 

@@ -51,11 +51,12 @@ type run struct {
 	planner *model.Planner
 	rounds  int
 
-	gate gate
+	gate   gate
+	steady sync.RWMutex // held while the world is looked at, and shared by what must not happen then
 
 	calls  atomic.Int64  // of this round
 	struck chan struct{} // the strike is due
-	due    atomic.Int64  // after so many calls
+	due    atomic.Int64  // after so many calls; -1 is that none is
 
 	mu      sync.Mutex
 	world   *model.World
@@ -298,7 +299,7 @@ func (r *run) aim(strikes []strike) {
 	}
 }
 
-// strike has one fall, and looks at the world before it goes on, if it can.
+// strike has one fall, and looks at the world before it goes on.
 func (r *run) strike(s strike) {
 	r.t.Helper()
 	r.log.add(entry{Event: "strike", Strike: &s})
@@ -328,6 +329,8 @@ func (r *run) strike(s strike) {
 		r.gate.close()
 		r.gate.empty()
 	}
+	r.steady.Lock()
+	defer r.steady.Unlock()
 	r.mu.Lock()
 	open := r.openOperations()
 	r.mu.Unlock()
@@ -444,11 +447,8 @@ var errEnded = errors.New("something else has failed")
 // once makes one call, and tells whether something fell on the driver meanwhile.
 func once[T any](ctx context.Context, r *run, o model.Operation, what string, call func(context.Context) (T, error)) (response T, struck bool, err error) {
 	epoch := r.gate.enter()
-	if r.calls.Add(1) == r.due.Load() {
-		select {
-		case r.struck <- struct{}{}:
-		default:
-		}
+	if due := r.due.Load(); r.calls.Add(1) >= due && due >= 0 && r.due.CompareAndSwap(due, -1) {
+		r.struck <- struct{}{}
 	}
 	r.figures.calls.Add(1)
 	response, err = call(ctx)

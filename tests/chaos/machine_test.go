@@ -5,11 +5,14 @@ package chaos
 import (
 	"context"
 	"fmt"
+	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/backoff"
 	"google.golang.org/grpc/credentials/insecure"
@@ -78,15 +81,37 @@ func (m *machine) available(ctx context.Context) (int64, error) {
 	return response.GetAvailableCapacity(), err
 }
 
-// thaw lets everything go on that a failed test has left frozen.
-func (m *machine) thaw() {
+// thaw lets everything go on that a failed test has left frozen. What was unmounted
+// when it was frozen is so still, and keeps its device: it has to be mounted again
+// for that.
+func (m *machine) thaw(t *testing.T) {
 	mounts, err := filesystem.Mounts()
 	if err != nil {
+		t.Log(err)
 		return
 	}
+	mounted := map[string]bool{}
 	for _, mount := range mounts {
 		if rel, err := filepath.Rel(m.Dir, mount.Path); err == nil && filepath.IsLocal(rel) {
+			mounted[mount.Source] = true
 			_, _ = filesystem.Thaw(mount.Path)
+		}
+	}
+	files, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	dir := t.TempDir()
+	for _, file := range files {
+		backing, err := os.ReadFile(file)
+		device := filepath.Join("/dev", filepath.Base(filepath.Dir(filepath.Dir(file))))
+		if err != nil || !strings.HasPrefix(string(backing), m.pool+"/") || mounted[device] {
+			continue
+		}
+		for kind, options := range map[string]string{"ext4": "", "xfs": "nouuid"} {
+			if unix.Mount(device, dir, kind, 0, options) == nil {
+				_, _ = filesystem.Thaw(dir)
+				if err := unix.Unmount(dir, 0); err != nil {
+					t.Log(err)
+				}
+			}
 		}
 	}
 }

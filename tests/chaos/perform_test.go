@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sys/unix"
@@ -322,7 +323,11 @@ func (r *run) pause(volumes []string) (end func()) {
 	r.steady.RLock()
 	defer r.steady.RUnlock()
 	for _, w := range paused {
-		w.pause.Lock()
+		for !w.pause.TryLock() { // for long only if another group has it
+			r.steady.RUnlock()
+			time.Sleep(time.Millisecond)
+			r.steady.RLock()
+		}
 		w.held.Store(true)
 	}
 	return func() {

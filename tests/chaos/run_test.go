@@ -226,7 +226,9 @@ func newRun(t *testing.T, s site, seed uint64, room int64, nodes []string) *run 
 // cleanUp ends the writers. What a failed test has left frozen would hold them up.
 func (r *run) cleanUp() {
 	for _, m := range r.site.nodes() {
-		m.thaw()
+		if r.t.Failed() {
+			m.thaw(r.t)
+		}
 	}
 	for _, w := range r.live {
 		_ = w.end()

@@ -1,0 +1,134 @@
+package main
+
+import (
+	"fmt"
+	"math"
+)
+
+// aim is one thing that is aimed at: a figure, and whether it is as wanted.
+type aim struct {
+	what, target string
+	measure      func(r run) (text string, met, known bool)
+}
+
+// atMost and atLeast are aims of one figure.
+func atMost(limit float64, digits int, figure func(r run) (float64, bool)) func(run) (string, bool, bool) {
+	return func(r run) (string, bool, bool) {
+		v, ok := figure(r)
+		return fmt.Sprintf("%.*f", digits, v), v <= limit, ok
+	}
+}
+
+func atLeast(limit float64, digits int, figure func(r run) (float64, bool)) func(run) (string, bool, bool) {
+	return func(r run) (string, bool, bool) {
+		v, ok := figure(r)
+		return fmt.Sprintf("%.*f", digits, v), v >= limit, ok
+	}
+}
+
+func metric(name, unit string) func(run) (float64, bool) {
+	return func(r run) (float64, bool) { return r.get(name, unit) }
+}
+
+// worst is the least of a figure over some rows of the data path.
+func worst(over []string, figures ...[2]string) func(run) (float64, bool) {
+	return func(r run) (float64, bool) {
+		least, known := math.Inf(1), false
+		for _, row := range over {
+			for _, f := range figures {
+				if v, ok := r.get(f[0]+"/"+row, f[1]); ok {
+					least, known = min(least, v), true
+				}
+			}
+		}
+		return least, known
+	}
+}
+
+// againstLoop is how a block volume does against a bare loop device, and how
+// another bare loop device does, which is the same thing twice.
+func againstLoop(r run) (text string, met, known bool) {
+	volume, ok := worst(rows, [2]string{"BlockVolume", "thin/loop"}, [2]string{"BlockVolume", "thick/loop"})(r)
+	same, also := worst(rows, [2]string{"BlockVolume", "loop-again/loop"})(r)
+	return fmt.Sprintf("%.2f (a second loop device: %.2f)", volume, same), volume >= min(0.97, same), ok && also
+}
+
+// call is the p50 of a call alone, beside so many volumes.
+func call(r run, volumes, name string) (float64, bool) {
+	return r.get("Call/volumes="+volumes+"/"+name+"/inflight=1", "p50-ms")
+}
+
+// beyondFsync is the largest p50 of the quick calls less so many fsyncs as they
+// make: the files, their directory, and the one that it is renamed to.
+func beyondFsync(r run) (float64, bool) {
+	sync, known := call(r, "1000", "fsync")
+	most := 0.0
+	for name, syncs := range map[string]float64{"CreateVolume": 2, "DeleteVolume": 0.5, "CreateSnapshot": 2, "GetCapacity": 0} {
+		v, ok := call(r, "1000", name)
+		most, known = max(most, v-syncs*sync), known && ok
+	}
+	return most, known
+}
+
+// growth is the largest ratio of the p50 of a call beside 10,000 volumes and
+// beside 10.
+func growth(r run) (text string, met, known bool) {
+	most, which := 0.0, ""
+	for _, name := range calls {
+		few, ok := call(r, "10", name)
+		many, also := call(r, "10000", name)
+		if ok && also && name != "fsync" && many/few > most {
+			most, which = many/few, name
+		}
+	}
+	return fmt.Sprintf("%.2f (%s)", most, which), most <= 1.5, which != ""
+}
+
+// scaling is what 32 in flight get done against one, for CreateVolume and for
+// what it syncs.
+func scaling(r run) (text string, met, known bool) {
+	ratio := func(name string) (float64, bool) {
+		one, ok := r.get("Call/volumes=1000/"+name+"/inflight=1", "calls/s")
+		many, also := r.get("Call/volumes=1000/"+name+"/inflight=32", "calls/s")
+		return many / one, ok && also
+	}
+	create, ok := ratio("CreateVolume")
+	sync, also := ratio("fsync")
+	return fmt.Sprintf("%.1f (fsync alone: %.1f)", create, sync), create >= 4 || create >= 0.8*sync, ok && also
+}
+
+var aims = []aim{
+	{"block volume / bare loop device, the worst row", "≥ 0.97, or as a second bare loop device", againstLoop},
+	{"filesystem volume / the same filesystem on a bare loop device, the worst row", "≥ 0.97", atLeast(0.97, 2, worst(rows, [2]string{"FilesystemVolume/ext4", "thin/loop"}, [2]string{"FilesystemVolume/xfs", "thin/loop"}))},
+	{"block volume / plain file, 1 MiB sequential", "≥ 0.95", atLeast(0.95, 2, worst([]string{"1M-read", "1M-write"}, [2]string{"BlockVolume", "thin/file"}))},
+	{"block volume / plain file, 4 KiB random", "≥ 0.85", atLeast(0.85, 2, worst(rows[:4], [2]string{"BlockVolume", "thin/file"}))},
+	{"CreateVolume, DeleteVolume, CreateSnapshot, GetCapacity: p50 without what fsync takes, ms", "≤ 2", atMost(2, 2, beyondFsync)},
+	{"staging an empty ext4 / mkfs and mount by hand, 1 GiB", "≤ 1.0", atMost(1, 2, metric("Stage/ext4/size=1GiB", "of-by-hand"))},
+	{"the same, 1 TiB", "≤ 0.8", atMost(0.8, 2, metric("Stage/ext4/size=1024GiB", "of-by-hand"))},
+	{"disk that the empty ext4 takes / by default, 1 TiB", "≤ 0.05", atMost(0.05, 3, metric("Stage/ext4/size=1024GiB", "disk-of-by-hand"))},
+	{"CreateVolume, 32 in flight / 1 in flight", "≥ 4, or bound by fsync", scaling},
+	{"10,000 volumes / 10: p50 of the call that it concerns most", "≤ 1.5", growth},
+	{"start with 10,000 volumes, ms", "≤ 1000", atMost(1000, 0, metric("Footprint/volumes=10000/process", "start-ms"))},
+	{"idle memory with 1,000 volumes, MiB", "≤ 40", atMost(40, 1, metric("Footprint/volumes=1000/process", "idle-MiB"))},
+	{"writer's wait for a snapshot / FICLONE alone, block", "≤ 1.2", atMost(1.2, 2, metric("SnapshotOfLiveVolume/block/pause", "of-ficlone"))},
+	{"the same, ext4", "≤ 1.2", atMost(1.2, 2, metric("SnapshotOfLiveVolume/ext4/pause", "of-ficlone"))},
+	{"the same, XFS", "≤ 1.2", atMost(1.2, 2, metric("SnapshotOfLiveVolume/xfs/pause", "of-ficlone"))},
+	{"router before 1,000 nodes: added to CreateVolume, p50 ms", "≤ 1", atMost(1, 2, metric("Router/nodes=1000/CreateVolume-one-node", "overhead-p50-ms"))},
+}
+
+// targets tells of what is aimed at what was measured.
+func (r run) targets() string {
+	var lines [][]string
+	for _, a := range aims {
+		text, met, known := a.measure(r)
+		switch {
+		case !known:
+			lines = append(lines, []string{a.what, a.target, "not measured", ""})
+		case met:
+			lines = append(lines, []string{a.what, a.target, text, "yes"})
+		default:
+			lines = append(lines, []string{a.what, a.target, text, "no"})
+		}
+	}
+	return table([]string{"", "target", "measured", "met?"}, lines)
+}

@@ -181,7 +181,7 @@ func (w *world) comeBack() {
 		_ = live.end()
 	}
 	w.must(w.disk.comeBack(w.t.Context()))
-	w.forgetTargets()
+	w.forgetPaths()
 	w.Start()
 	s := seen{}
 	s.problem(w.settle(func() bool { return false }))
@@ -190,15 +190,17 @@ func (w *world) comeBack() {
 	w.compare("after the power came back", seen{problems: s.problems}, nil)
 }
 
-// forgetTargets removes the targets that are empty directories, as the kubelet
-// does when it finds them at its start: that one was removed need not be on
-// stable storage.
-func (w *world) forgetTargets() {
+// forgetPaths removes the staging paths and targets that are empty directories, as
+// the kubelet does when it finds them at its start: that one was removed need
+// not be on stable storage.
+func (w *world) forgetPaths() {
 	w.t.Helper()
-	entries, err := os.ReadDir(filepath.Join(w.Dir, "targets"))
-	w.must(err)
-	for _, entry := range entries {
-		w.must(os.Remove(filepath.Join(w.Dir, "targets", entry.Name())))
+	for _, dir := range []string{"staging", "targets"} {
+		entries, err := os.ReadDir(filepath.Join(w.Dir, dir))
+		w.must(err)
+		for _, entry := range entries {
+			w.must(os.Remove(filepath.Join(w.Dir, dir, entry.Name())))
+		}
 	}
 }
 

@@ -269,7 +269,7 @@ func TestALinkThatComesAndGoesInTheKubeletsDirectoryLeadsNowhere(t *testing.T) {
 		return err
 	}
 	mounted := 0
-	for range dataRounds(t, 150) {
+	for range dataRounds(t, 50) {
 		if stage() == nil {
 			mounted++
 			if publish() == nil {

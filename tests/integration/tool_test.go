@@ -86,6 +86,9 @@ func TestAMkfsThatFailsLeavesNothingBehind(t *testing.T) {
 	for _, kind := range dataKinds[:3] {
 		tool := "mkfs." + kind.name
 		for i, fault := range toolFaults {
+			if kind.name != "ext4" && fault.code == codes.Internal && i > 2 {
+				continue // what is left does not depend on which it is
+			}
 			t.Run(tool+" "+fault.name, func(t *testing.T) {
 				d := d.In(t)
 				v := nodeCreate(d, fmt.Sprintf("%s-%d", kind.name, i), kind)

@@ -155,12 +155,13 @@ func dataFillUp(f *os.File) error {
 	for i := range data {
 		data[i] = byte(i) | 1
 	}
-	for {
-		if _, err := f.Write(data); err != nil {
-			return err
+	for n := 1; ; n++ {
+		_, err := f.Write(data)
+		if err == nil && n%16 == 0 {
+			err = f.Sync()
 		}
-		if err := f.Sync(); err != nil {
-			return err
+		if err != nil {
+			return errors.Join(err, f.Sync())
 		}
 	}
 }

@@ -482,7 +482,10 @@ func TestAWedgedUnmountHoldsUpNobodyElse(t *testing.T) {
 	if took := time.Since(began); took > 30*time.Second {
 		t.Errorf("it took %s", took)
 	}
-	if err := unstage(2 * time.Second); status.Code(err) != codes.DeadlineExceeded && status.Code(err) != codes.Aborted {
+	// Once more; the mount may be gone already, and the device is not free.
+	switch err := unstage(2 * time.Second); status.Code(err) {
+	case codes.DeadlineExceeded, codes.Aborted, codes.FailedPrecondition:
+	default:
 		t.Errorf("once more: %v", err)
 	}
 	for i := range 3 {

@@ -51,7 +51,7 @@ var mutants = []struct {
 	{
 		"the volumes of a group are cut without being held", "pool/image/cuts.go",
 		"if one.writable != nil {", "if one.writable != nil && c.group == nil {",
-		[]string{"		one.Created = at\n", "		one.Created = at\n		time.Sleep(time.Duration(one.Size>>20%5) * 20 * time.Millisecond)\n"},
+		[]string{"		one.Created = at\n", "		one.Created = at\n		time.Sleep(time.Duration(one.Size>>20%5) * 100 * time.Millisecond)\n"},
 		"TestOneMachine", `that was begun when record`, false,
 	},
 	{
@@ -64,7 +64,7 @@ var mutants = []struct {
 // Chaos is brought to a driver with a fault so often, and for so many rounds at
 // most.
 const (
-	seedsToTry  = 3
+	seedsToTry  = 5
 	roundsToTry = 24
 )
 

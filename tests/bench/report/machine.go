@@ -18,6 +18,7 @@ type machine struct {
 	MemoryGiB  int    `json:"memoryGiB"`
 	Kernel     string `json:"kernel"`
 	Filesystem string `json:"filesystem"` // below the pools' image files
+	Load       string `json:"load"`       // average of a minute, before anything was measured
 	Tools      string `json:"tools"`
 	Go         string `json:"go"`
 	Commit     string `json:"commit"`
@@ -31,6 +32,9 @@ func describe(driver string) machine {
 	var kb int
 	_, _ = fmt.Sscanf(after("/proc/meminfo", "MemTotal"), "%d", &kb)
 	m.MemoryGiB = (kb + 1<<19) >> 20
+	if text, err := os.ReadFile("/proc/loadavg"); err == nil {
+		m.Load, _, _ = strings.Cut(string(text), " ")
+	}
 	var name unix.Utsname
 	if unix.Uname(&name) == nil {
 		m.Kernel = "Linux " + unix.ByteSliceToString(name.Release[:])

@@ -42,7 +42,8 @@ type memoryEngine struct {
 
 func (m *memoryEngine) Info() pool.Info { return m.info }
 
-func (*memoryEngine) Copies() []string { return nil }
+func (*memoryEngine) Copies() []string                     { return nil }
+func (*memoryEngine) Snapshots(string, int) []pool.Snapshot { return nil }
 
 func (*memoryEngine) Capacity(context.Context) (pool.Capacity, error) {
 	return pool.Capacity{Available: 1 << 40, Thick: 1 << 40}, nil

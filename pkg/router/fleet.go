@@ -65,6 +65,10 @@ var dialOptions = []grpc.DialOption{
 	grpc.WithNoProxy(),
 }
 
+// thrifty are those of connections of which there may be thousands, idle nearly
+// always: the library's own buffers are 64 KiB of each, kept for good.
+var thrifty = []grpc.DialOption{grpc.WithSharedWriteBuffer(true), grpc.WithReadBufferSize(4 << 10)}
+
 // Dial connects to a node.
 func Dial(address string, c credentials.TransportCredentials, more ...grpc.DialOption) (*grpc.ClientConn, error) {
 	return grpc.NewClient(address, slices.Concat(dialOptions, []grpc.DialOption{grpc.WithTransportCredentials(c)}, more)...)
@@ -193,7 +197,7 @@ func (f *fleet) connect(n Node) (grpc.ClientConnInterface, error) {
 	if connection, ok := f.connections[n]; ok {
 		return connection, nil
 	}
-	connection, err := Dial(n.Address, f.credentials(n.Segment))
+	connection, err := Dial(n.Address, f.credentials(n.Segment), thrifty...)
 	if err != nil {
 		return nil, err
 	}

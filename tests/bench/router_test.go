@@ -42,7 +42,7 @@ type memoryEngine struct {
 
 func (m *memoryEngine) Info() pool.Info { return m.info }
 
-func (*memoryEngine) Copies() []string                     { return nil }
+func (*memoryEngine) Copies() []string                      { return nil }
 func (*memoryEngine) Snapshots(string, int) []pool.Snapshot { return nil }
 
 func (*memoryEngine) Capacity(context.Context) (pool.Capacity, error) {

@@ -22,8 +22,9 @@ import (
 // fast network holds, and all the memory that a slow disk can make a copy take.
 const copyWindow = 8 << 20
 
-// copyBuffer is how much is given to or taken from the network at once, in bytes:
-// the library's 32 KiB cost a good part of the time in system calls.
+// copyBuffer is how much is given to the network at once, in bytes: the library's
+// 32 KiB cost a good part of the time in system calls. The other end needs no
+// buffer of its own, because package tls has one.
 const copyBuffer = 512 << 10
 
 var (
@@ -89,7 +90,7 @@ func (s *standalone) newCopies() *transfer.Copies {
 		o.Dial = func(segment, address string) (*grpc.ClientConn, error) {
 			return router.Dial(address, credentials.NewTLS(s.own.Client(segment)),
 				grpc.WithInitialWindowSize(copyWindow), grpc.WithInitialConnWindowSize(copyWindow),
-				grpc.WithReadBufferSize(copyBuffer))
+				grpc.WithReadBufferSize(0))
 		}
 	}
 	copies := transfer.New(o)

@@ -66,8 +66,8 @@ var dialOptions = []grpc.DialOption{
 }
 
 // thrifty are those of connections of which there may be thousands, idle nearly
-// always: the library's own buffers are 64 KiB of each, kept for good.
-var thrifty = []grpc.DialOption{grpc.WithSharedWriteBuffer(true), grpc.WithReadBufferSize(4 << 10)}
+// always: the library keeps a buffer of 32 KiB for reading from each.
+var thrifty = []grpc.DialOption{grpc.WithReadBufferSize(4 << 10)}
 
 // Dial connects to a node.
 func Dial(address string, c credentials.TransportCredentials, more ...grpc.DialOption) (*grpc.ClientConn, error) {

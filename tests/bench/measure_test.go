@@ -30,14 +30,17 @@ func pick[T any](whole, short T) T {
 	return whole
 }
 
-// quantile is the q-quantile of a sample (0.5 is the median), the nearest that
-// is in it.
-func quantile[T int64 | float64 | time.Duration](sample []T, q float64) T {
+// quantile is the q-quantile of a sample (0.5 is the median), between the two
+// nearest that are in it.
+func quantile[T float64 | time.Duration](sample []T, q float64) T {
 	sorted := slices.Sorted(slices.Values(sample))
 	if len(sorted) == 0 {
 		return 0
 	}
-	return sorted[int(q*float64(len(sorted)-1)+0.5)]
+	at := q * float64(len(sorted)-1)
+	below := sorted[int(at)]
+	above := sorted[min(int(at)+1, len(sorted)-1)]
+	return below + T((at-float64(int(at)))*float64(above-below))
 }
 
 func ms(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

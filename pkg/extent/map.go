@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"iter"
 	"os"
-	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -42,35 +41,17 @@ type Source = iter.Seq2[[]Extent, error]
 // nobody may write to f until the end. Of a filesystem that has no FIEMAP, or
 // tells of no places, it is ErrUnsupported.
 //
-// One batch is read ahead, so that two maps can be read at once. The loop over
-// the batches has let go of f when it ends.
+// Two maps are best read in turns: XFS looks each extent up in a tree for which
+// both would wait, and to wait and wake costs far more than the look-up.
 func Map(ctx context.Context, f *os.File, from, to int64) Source {
-	type batch struct {
-		extents []Extent
-		err     error
-	}
 	return func(yield func([]Extent, error) bool) {
-		batches, done := make(chan batch), make(chan struct{})
-		var reading sync.WaitGroup
-		defer reading.Wait()
-		defer close(done)
-		reading.Go(func() {
-			defer close(batches)
-			m := fiemap{f: f, at: from, to: to, flags: flagSync}
-			for !m.ended {
-				extents, err := m.next(ctx)
-				if err != nil {
-					err = fmt.Errorf("map the extents of %s: %w", f.Name(), err)
-				}
-				select {
-				case batches <- batch{extents, err}:
-				case <-done:
-					return
-				}
+		m := fiemap{f: f, at: from, to: to, flags: flagSync}
+		for !m.ended {
+			extents, err := m.next(ctx)
+			if err != nil {
+				err = fmt.Errorf("map the extents of %s: %w", f.Name(), err)
 			}
-		})
-		for b := range batches {
-			if !yield(b.extents, b.err) || b.err != nil {
+			if !yield(extents, err) || err != nil {
 				return
 			}
 		}

@@ -33,12 +33,12 @@ image: need-root need-go ## Build the container image, without a registry if the
 	@scripts/image $(IMAGE) $(VERSION)
 
 .PHONY: bench
-bench: need-root need-filesystems build ## Measure, and write docs/benchmarks.md (20 minutes); QUICK=1 is the short form, which does not (root)
+bench: need-root need-filesystems build ## Measure, and write docs/benchmarks.md; QUICK=1 is the short form, which does not (root)
 	@scripts/install fio
 	go run ./tests/bench/report $(if $(QUICK),-quick,-docs docs)
 
 .PHONY: bench-compare
-bench-compare: need-root need-filesystems ## Benchmarks of BASE=commit and of this checkout in turns; BENCH selects, COUNT=10 rounds (root)
+bench-compare: need-root need-filesystems ## Benchmarks of BASE=commit and of this checkout in turns; BENCH selects, COUNT=6 rounds (root)
 	@scripts/install fio
 	@scripts/bench-compare '$(or $(BASE),HEAD)' '$(or $(BENCH),Call/volumes=1000/.*/inflight=1$$$$)' '$(or $(COUNT),6)'
 

@@ -389,7 +389,7 @@ func (r *run) lookAtWriters() error {
 	r.mu.Unlock()
 	var problems []error
 	for name, w := range live {
-		if err := w.progress(r.patience); err != nil {
+		if err := w.Progress(r.patience); err != nil {
 			problems = append(problems, fmt.Errorf("volume %s: %w", name, err))
 			continue
 		}
@@ -411,8 +411,8 @@ func (r *run) compareLive(name string, w *writer, v model.Volume) error {
 	if err != nil {
 		return err
 	}
-	if found.last != w.safe.Load() {
-		return fmt.Errorf("it ends with record %d of %d", found.last, w.safe.Load())
+	if found.last != w.Safe.Load() {
+		return fmt.Errorf("it ends with record %d of %d", found.last, w.Safe.Load())
 	}
 	r.figures.looks.Add(1)
 	r.figures.looked.Add(min(found.last, slots) * recordSize)

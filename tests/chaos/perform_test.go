@@ -209,7 +209,7 @@ func (r *run) asked(o model.Operation) map[string]model.Content {
 // observe takes in how far all writers are.
 func (r *run) observe() {
 	for name, w := range r.live {
-		safe := w.safe.Load()
+		safe := w.Safe.Load()
 		r.world.Volumes[name].Content.Progress(safe, w.begun.Load())
 	}
 }
@@ -528,14 +528,14 @@ func (r *run) endWriter(volume string) error {
 	r.mu.Lock()
 	w := r.live[volume]
 	r.mu.Unlock()
-	if err := w.end(); err != nil {
+	if err := w.End(); err != nil {
 		return err
 	}
-	r.figures.records.Add(w.safe.Load() - w.first + 1)
+	r.figures.records.Add(w.Safe.Load() - w.first + 1)
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	delete(r.live, volume)
-	r.world.Volumes[volume].Content.End(w.safe.Load())
+	r.world.Volumes[volume].Content.End(w.Safe.Load())
 	return nil
 }
 

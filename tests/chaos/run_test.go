@@ -231,7 +231,7 @@ func (r *run) cleanUp() {
 		}
 	}
 	for _, w := range r.live {
-		_ = w.end()
+		_ = w.End()
 	}
 }
 

@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/orlop-csi/orlop/tests/chaos/model"
+	"github.com/orlop-csi/orlop/tests/harness"
 )
 
 // A volume's records are in a ring of slots: record n, which is numbered from 1
@@ -38,19 +39,15 @@ var clock atomic.Int64
 // writer appends records to a volume that is published, and brings each to stable
 // storage before it begins the next.
 type writer struct {
-	number  uint64
-	volume  int          // number of the operation that made its volume
-	first   int64        // its first record's number
-	begun   atomic.Int64 // the last that may be in the volume
-	safe    atomic.Int64 // the last that must be: the kernel has said so
-	longest atomic.Int64 // the most that one took, in nanoseconds
+	*harness.Recorder
+
+	number uint64
+	volume int          // number of the operation that made its volume
+	first  int64        // its first record's number
+	begun  atomic.Int64 // the last that may be in the volume
 
 	pause sync.Mutex  // held while it must not write
 	held  atomic.Bool // for a snapshot of a group
-	stop  chan struct{}
-	done  chan struct{}
-	once  sync.Once
-	err   error // to be read after done
 
 	mu   sync.Mutex
 	ends []int64 // when each of its records was on stable storage
@@ -64,28 +61,11 @@ func write(target string, v model.Volume, number uint64) (*writer, error) {
 		return nil, err
 	}
 	last := v.Content.Last.Least
-	w := &writer{number: number, volume: v.Born, first: last + 1, stop: make(chan struct{}), done: make(chan struct{})}
+	w := &writer{Recorder: harness.NewRecorder(last), number: number, volume: v.Born, first: last + 1}
 	w.begun.Store(last)
-	w.safe.Store(last)
-	go func() {
-		defer close(w.done)
-		w.err = errors.Join(w.run(f), f.Close())
-	}()
-	return w, nil
-}
-
-func (w *writer) run(f *os.File) error {
 	record := make([]byte, recordSize)
-	for n := w.first; ; n++ {
-		select {
-		case <-w.stop:
-			return nil
-		case <-time.After(3 * time.Millisecond): // the machine has others to serve
-		}
-		if err := w.one(f, record, n); err != nil {
-			return fmt.Errorf("record %d: %w", n, err)
-		}
-	}
+	w.Start(3*time.Millisecond, func(n int64) error { return w.one(f, record, n) }, f.Close)
+	return w, nil
 }
 
 func (w *writer) one(f *os.File, record []byte, n int64) error {
@@ -100,12 +80,11 @@ func (w *writer) one(f *os.File, record []byte, n int64) error {
 	if err := f.Sync(); err != nil {
 		return err
 	}
-	w.longest.Store(max(w.longest.Load(), int64(time.Since(began))))
 	end := clock.Add(1)
 	w.mu.Lock()
 	w.ends = append(w.ends, end)
 	w.mu.Unlock()
-	w.safe.Store(n)
+	w.Wrote(n, began)
 	return nil
 }
 
@@ -120,29 +99,6 @@ func (w *writer) endedBefore(at int64) int64 {
 		}
 	}
 	return w.first - 1
-}
-
-// end stops the writer and gives the error that it has met.
-func (w *writer) end() error {
-	w.once.Do(func() { close(w.stop) })
-	<-w.done
-	return w.err
-}
-
-// progress waits until the writer has brought one more record to stable storage.
-func (w *writer) progress(limit time.Duration) error {
-	seen := w.safe.Load()
-	for deadline := time.Now().Add(limit); w.safe.Load() == seen; time.Sleep(time.Millisecond) {
-		select {
-		case <-w.done:
-			return fmt.Errorf("the writer has ended: %w", w.err)
-		default:
-		}
-		if time.Now().After(deadline) {
-			return fmt.Errorf("the writer hangs at record %d for %s", seen, limit)
-		}
-	}
-	return nil
 }
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

@@ -258,7 +258,7 @@ func (o operation) tearDown(w *world) {
 		w.holds(name, name)
 		last, err := records(w.log(name))
 		w.must(err)
-		if safe := live.safe.Load(); last < safe {
+		if safe := live.Safe.Load(); last < safe {
 			w.t.Fatalf("volume %s ends with record %d of %d", name, last, safe)
 		}
 		w.gone(name, w.id(name))

@@ -88,7 +88,7 @@ var operations = []operation{
 		name:    "CreateVolume, from a live volume",
 		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
-		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
+		prepare: func(w *world) { w.floor = w.live["source"].Safe.Load() },
 		call: func(ctx context.Context, w *world) error {
 			return create(64*mib, ext4, harness.FromVolume(w.id("source")))(ctx, w)
 		},
@@ -153,7 +153,7 @@ var operations = []operation{
 		sample:  true,
 		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
-		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
+		prepare: func(w *world) { w.floor = w.live["source"].Safe.Load() },
 		call:    snapshot,
 		check: func(w *world) {
 			w.must(copyOfSnapshot(64*mib, ext4)(w.Context(), w))
@@ -166,7 +166,7 @@ var operations = []operation{
 		name:    "CreateSnapshot, of a live block volume",
 		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, block) },
-		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
+		prepare: func(w *world) { w.floor = w.live["source"].Safe.Load() },
 		call:    snapshot,
 		check: func(w *world) {
 			w.must(copyOfSnapshot(64*mib, block)(w.Context(), w))
@@ -190,7 +190,7 @@ var operations = []operation{
 		name:    "CreateVolumeGroupSnapshot, of live volumes",
 		shares:  true,
 		once:    func(w *world) { w.source("source", 64*mib, ext4) },
-		prepare: func(w *world) { w.floor = w.live["source"].safe.Load() },
+		prepare: func(w *world) { w.floor = w.live["source"].Safe.Load() },
 		call:    groupSnapshot,
 		started: (*world).groupIsWhole,
 		check: func(w *world) {
@@ -318,7 +318,7 @@ var operations = []operation{
 		shares:   true,
 		once:     func(w *world) { w.source("source", 256*mib, btrfs) },
 		prepare: func(w *world) {
-			w.floor = w.live["source"].safe.Load()
+			w.floor = w.live["source"].Safe.Load()
 			w.Create("v", 256*mib, btrfs, harness.FromVolume(w.id("source")))
 			w.Staging("v")
 		},
@@ -621,7 +621,7 @@ func publishInline(ctx context.Context, w *world) error {
 // cut makes the snapshot, and notes what it must have.
 func (w *world) cut() {
 	w.t.Helper()
-	w.floor = w.live["source"].safe.Load()
+	w.floor = w.live["source"].Safe.Load()
 	w.must(snapshot(w.Context(), w))
 }
 

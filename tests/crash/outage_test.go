@@ -178,7 +178,7 @@ func (w *world) comeBack() {
 	}
 	w.must(thawBelow(w.Dir)) // or the writers, which have an error to meet, would wait
 	for _, live := range w.live {
-		_ = live.end()
+		_ = live.End()
 	}
 	w.must(w.disk.comeBack(w.t.Context()))
 	w.forgetPaths()
@@ -213,7 +213,7 @@ func (w *world) revive(o operation) {
 		at, offset := w.log(name)
 		last, err := records(at, offset)
 		w.must(err)
-		if safe := before.safe.Load(); last < safe {
+		if safe := before.Safe.Load(); last < safe {
 			w.t.Fatalf("%s: volume %s ends with record %d, %d were on stable storage", w.at, name, last, safe)
 		}
 		w.live[name] = write(w.t, at, offset, last)

@@ -128,7 +128,7 @@ func TestEveryKindOfFaultIsSeen(t *testing.T) {
 		if !slices.ContainsFunc(said, func(s string) bool { return strings.Contains(s, fault.want) }) {
 			t.Errorf("%s is not seen; said: %q", fault.name, said)
 		}
-		w.live["bystander"].longest.Store(0)
+		w.live["bystander"].Longest.Store(0)
 		w.compare("after the fault was removed", w.look(), base.lines)
 	}
 }

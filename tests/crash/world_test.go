@@ -50,7 +50,7 @@ type world struct {
 	fresh bool                             // the pool is a new one, whose room is not known yet
 	kinds map[string]*csi.VolumeCapability // by volume, as the rest
 	sums  map[string]string                // of what note has written
-	live  map[string]*writer
+	live  map[string]*harness.Recorder
 	user  *os.File // has a device open
 	floor int64    // records of the live source that the call must find
 	disk  *disk    // on which everything of the driver is, if the power can fail
@@ -92,7 +92,7 @@ func begin(t *testing.T, d *harness.Driver, pool string, disk *disk, alone bool)
 	w := &world{
 		Driver: d, t: t, at: "setup", disk: disk,
 		pool:  filepath.Join(d.Dir, pool),
-		kinds: map[string]*csi.VolumeCapability{}, sums: map[string]string{}, live: map[string]*writer{},
+		kinds: map[string]*csi.VolumeCapability{}, sums: map[string]string{}, live: map[string]*harness.Recorder{},
 		patience: defaultPatience,
 	}
 	t.Cleanup(func() {
@@ -244,7 +244,7 @@ func (w *world) gone(name, volumeID string) {
 func (w *world) leave(name, volumeID string) {
 	w.t.Helper()
 	if live := w.live[name]; live != nil {
-		w.must(live.end())
+		w.must(live.End())
 		delete(w.live, name)
 	}
 	w.unpublished(name, volumeID)
@@ -303,8 +303,8 @@ func (w *world) look() seen {
 	w.lookAtHealth(&s)
 	s.problem(w.podGoesOn())
 	for name, live := range w.live {
-		s.problem(live.progress(w.patience))
-		if longest := time.Duration(live.longest.Load()); longest > w.patience {
+		s.problem(live.Progress(w.patience))
+		if longest := time.Duration(live.Longest.Load()); longest > w.patience {
 			s.problem(fmt.Errorf("the writer of %s was held up for %s", name, longest))
 		}
 		s.problem(w.held(name, name))

@@ -158,6 +158,7 @@ var byItself = map[string][]string{
 		"TestACheckThatFailsIsToldOf",
 		"TestADeviceIsNotFormattedWithoutBlkid",
 		"TestAFreezeThatTakesTooLongIsGivenUp",
+		"TestAGroupWaitsForAMkfsThatACrashHasLeft",
 		"TestAMkfsThatFailsLeavesNothingBehind",
 		"TestAPoolWhoseFilesystemCannotBeMadeStopsTheStart",
 		"TestAResizeThatFailsIsToldOf",

@@ -168,6 +168,38 @@ func toolAlive(dir string) error {
 	return nil
 }
 
+// A mkfs that outlives the driver, which was killed, is nobody's writer whom the
+// user could stop: a group with its volume waits until it has ended.
+func TestAGroupWaitsForAMkfsThatACrashHasLeft(t *testing.T) {
+	d := harness.New(t, harness.FilePool("8Gi"))
+	box := newToolbox(t, d, false)
+	ended := filepath.Join(box.dir, "ended")
+	box.put("mkfs.ext4", `for d; do :; done
+touch "$(dirname "$0")/begun"
+while [ ! -e "$(dirname "$0")/end" ]; do dd if=/dev/zero of="$d" bs=4k count=64 conv=notrunc oflag=direct 2>/dev/null; done
+touch "$(dirname "$0")/ended"`)
+	d.Start()
+	v := nodeCreate(d, "v", dataKinds[0])
+	other := groupBlocks(t, d, "other")[0]
+	staged := make(chan error, 1)
+	go func() { staged <- toolStage(v, 0) }()
+	exists := func(name string) func() error {
+		return func() error { _, err := os.Stat(name); return err }
+	}
+	dataEventually(t, exists(filepath.Join(box.dir, "begun")))
+	d.Kill()
+	<-staged
+	d.Start()
+	_, err := groupCreate(d, "g", v.id, other)
+	ctlWant(t, "CreateVolumeGroupSnapshot", err, codes.Aborted, "mkfs")
+	dataMust(t, os.WriteFile(filepath.Join(box.dir, "end"), nil, 0o600))
+	dataEventually(t, exists(ended))
+	dataEventually(t, func() error { _, err := groupCreate(d, "g", v.id, other); return err })
+	box.remove("mkfs.ext4")
+	dataMust(t, v.stage())
+	dataMust(t, v.unstage())
+}
+
 // Where a program is not installed, that is said, with the package that has it.
 func TestAToolThatIsMissingIsNamed(t *testing.T) {
 	d := harness.Start(t, harness.FilePool("8Gi"))

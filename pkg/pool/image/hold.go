@@ -271,6 +271,9 @@ func (h *hold) count(ctx context.Context, s subject, stopped bool) error {
 
 // written is the error of a volume whose writers were not kept off.
 func (h *hold) written(s subject) error {
+	if v, err := h.engine.Volume(s.volume); err == nil && v.Content == pool.ContentFormatting {
+		return pool.Errorf(pool.ErrBusy, "volume %s is still being written to by the mkfs of a driver that was killed; that ends by itself: repeat the call", s.volume)
+	}
 	return pool.Errorf(pool.ErrPrecondition, "volume %s was written to by somebody who cannot be stopped, and so it cannot be cut together with others: a block volume must be used by pods alone whose control group the driver sees below %s; stop the writer and repeat", s.volume, cgroup.Root)
 }
 

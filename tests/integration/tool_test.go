@@ -188,7 +188,9 @@ touch "$(dirname "$0")/ended"`)
 	}
 	dataEventually(t, exists(filepath.Join(box.dir, "begun")))
 	d.Kill()
-	<-staged
+	if err := <-staged; err == nil {
+		t.Fatal("the call ended well, and was to be cut off")
+	}
 	d.Start()
 	_, err := groupCreate(d, "g", v.id, other)
 	ctlWant(t, "CreateVolumeGroupSnapshot", err, codes.Aborted, "mkfs")

@@ -163,6 +163,19 @@ func TestContainersBeginWhileLimitsChange(t *testing.T) {
 	holds(t, pod, d.Number, last, containers...)
 }
 
+// What a limiter was about to do for new containers as it is closed is no error.
+func TestALimiterIsClosedWhileContainersBegin(t *testing.T) {
+	d, pod := device(t), harness.NewPod(t, "", "")
+	for i := range 50 {
+		l := NewLimiter(func(err error) { t.Error(err) })
+		must(t, l.Limit(pod.UID, d.Number, Limits{ReadIOPS: 2}))
+		for j := range 4 {
+			pod.Container(fmt.Sprintf("%d-%d", i, j))
+		}
+		must(t, l.Close())
+	}
+}
+
 // The kernel keeps a watch of a cgroup that is gone until it is told not to.
 func TestTheWatchesOfAPodEndWithIt(t *testing.T) {
 	l, d := limiter(t), device(t)

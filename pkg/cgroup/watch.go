@@ -105,7 +105,9 @@ func (w *watcher) control(do func(fd int) error) error {
 	}
 	var doErr error
 	if err := raw.Control(func(fd uintptr) { doErr = do(int(fd)) }); err != nil {
-		return err
+		// It fails for a closed file alone, and says so with an error of
+		// internal/poll that is not os.ErrClosed.
+		return fmt.Errorf("%w: %w", os.ErrClosed, err)
 	}
 	return doErr
 }

@@ -2,6 +2,7 @@ package driver
 
 import (
 	"context"
+	"net"
 	"strings"
 	"time"
 
@@ -17,15 +18,6 @@ import (
 	"github.com/orlop-csi/orlop/pkg/router"
 	"github.com/orlop-csi/orlop/pkg/transfer"
 )
-
-// copyWindow is how much of a snapshot may be on its way, in bytes: as much as a
-// fast network holds, and all the memory that a slow disk can make a copy take.
-const copyWindow = 8 << 20
-
-// copyBuffer is how much is given to the network at once, in bytes: the library's
-// 32 KiB cost a good part of the time in system calls. The other end needs no
-// buffer of its own, because package tls has one.
-const copyBuffer = 512 << 10
 
 var (
 	copiesMetric = Metric{
@@ -67,20 +59,20 @@ func caller(ctx context.Context) (string, error) {
 	return "", status.Error(codes.Unauthenticated, "the call does not come over TLS")
 }
 
-// allowCopy judges whether the caller may read a snapshot with its ticket.
-func (s *standalone) allowCopy(ctx context.Context, ticket []byte, snapshotID string) error {
+// allowCopy is a [transfer.Allow].
+func (s *standalone) allowCopy(ctx context.Context, ticket []byte, snapshotID string) (reader string, err error) {
 	segment, err := caller(ctx)
 	if err != nil {
-		return err
+		return "", err
 	}
 	t, err := s.own.Redeem(ticket, time.Now())
 	if err != nil {
-		return status.Error(codes.PermissionDenied, err.Error())
+		return "", status.Error(codes.PermissionDenied, err.Error())
 	}
 	if t.Reader != segment || t.Snapshot != snapshotID {
-		return status.Errorf(codes.PermissionDenied, "the ticket lets node %s read %s; this is node %q for %s", t.Reader, t.Snapshot, segment, snapshotID)
+		return "", status.Errorf(codes.PermissionDenied, "the ticket lets node %s read %s; this is node %q for %s", t.Reader, t.Snapshot, segment, snapshotID)
 	}
-	return nil
+	return segment, nil
 }
 
 // newCopies makes room for the copies to this node, and metrics of them.
@@ -88,9 +80,10 @@ func (s *standalone) newCopies() *transfer.Copies {
 	o := transfer.Options{Bandwidth: s.options.CopyBandwidth, Abandon: s.options.CopyAbandon, Report: report}
 	if s.own != nil {
 		o.Dial = func(segment, address string) (*grpc.ClientConn, error) {
-			return router.Dial(address, credentials.NewTLS(s.own.Client(segment)),
-				grpc.WithInitialWindowSize(copyWindow), grpc.WithInitialConnWindowSize(copyWindow),
-				grpc.WithReadBufferSize(0))
+			return router.Dial(address, credentials.NewTLS(s.own.Client(segment)))
+		}
+		o.Open = func(ctx context.Context, segment, address string) (net.Conn, error) {
+			return openForBytes(ctx, s.own, segment, address)
 		}
 	}
 	copies := transfer.New(o)

@@ -36,7 +36,7 @@ func (s *standalone) nodeCredentials() (credentials.TransportCredentials, error)
 		}
 		s.own = own
 		s.registry.MustRegister(certificateExpiry(own))
-		return credentials.NewTLS(own.Server()), nil
+		return credentials.NewTLS(serverTLS(own)), nil
 	}
 	client, err := cluster.Connect(s.options.Kubeconfig, userAgent(s.options.Version))
 	if err != nil {
@@ -54,7 +54,7 @@ func (s *standalone) nodeCredentials() (credentials.TransportCredentials, error)
 	own := peer.New(s.certificate.Keys)
 	s.own = own
 	s.registry.MustRegister(certificateExpiry(own))
-	return watchedHandshake{credentials.NewTLS(own.Server()), s.certificate.Renew}, nil
+	return watchedHandshake{credentials.NewTLS(serverTLS(own)), s.certificate.Renew}, nil
 }
 
 // userAgent is what the driver calls itself to the API server.

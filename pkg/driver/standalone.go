@@ -37,7 +37,9 @@ type standalone struct {
 	calls    *calls
 	peer     *calls // for the router and other nodes; nil if there are none
 	own      *peer.Credentials
-	health   health
+	// connections are those that other nodes have opened for bytes.
+	connections *transfer.Connections
+	health      health
 
 	certificate  *cluster.Certificate  // nil if it comes from files
 	registration *kubelet.Registration // nil if there is no kubelet
@@ -141,7 +143,7 @@ func (s *standalone) serve(ctx context.Context) (err error) {
 		csi.RegisterSnapshotMetadataServer(s.peer.server, controllerService)
 		csi.RegisterGroupControllerServer(s.peer.server, controllerService)
 		peerapi.RegisterGroupsServer(s.peer.server, controller.NewGroups(set))
-		peerapi.RegisterCopiesServer(s.peer.server, transfer.NewServer(set, copies, s.allowCopy))
+		peerapi.RegisterCopiesServer(s.peer.server, transfer.NewServer(set, copies, s.connections, s.allowCopy))
 		serve = append(serve, s.peer.serve)
 	}
 	if s.certificate != nil {
@@ -188,7 +190,8 @@ func (s *standalone) listenForRouter(ctx context.Context, metrics *callMetrics) 
 		return nil, fmt.Errorf("--peer-address: %w", err)
 	}
 	s.options.PeerAddress = l.Addr().String() // with the port, where 0 asked for any
-	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, append(router.ServerOptions(), grpc.Creds(batched{own}), grpc.WriteBufferSize(copyBuffer))...)
+	s.connections = transfer.NewConnections()
+	s.peer = newCalls(l, metrics, &s.ready, s.options.ShutdownTimeout, append(router.ServerOptions(), grpc.Creds(withBytes{own, s.connections}))...)
 	s.peer.edge.guard = mayCall
 	return l, nil
 }

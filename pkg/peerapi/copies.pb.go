@@ -26,7 +26,10 @@ type ReadRequest struct {
 	// By which the router allows it.
 	Ticket []byte `protobuf:"bytes,2,opt,name=ticket,proto3" json:"ticket,omitempty"`
 	// Bytes.
-	Offset        int64 `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
+	Offset int64 `protobuf:"varint,3,opt,name=offset,proto3" json:"offset,omitempty"`
+	// The name of the connection for the bytes. Without one, the description is all
+	// that is wanted.
+	Connection    []byte `protobuf:"bytes,4,opt,name=connection,proto3" json:"connection,omitempty"`
 	unknownFields protoimpl.UnknownFields
 	sizeCache     protoimpl.SizeCache
 }
@@ -82,88 +85,12 @@ func (x *ReadRequest) GetOffset() int64 {
 	return 0
 }
 
-type ReadResponse struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Types that are valid to be assigned to Part:
-	//
-	//	*ReadResponse_Description
-	//	*ReadResponse_Piece
-	Part          isReadResponse_Part `protobuf_oneof:"part"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *ReadResponse) Reset() {
-	*x = ReadResponse{}
-	mi := &file_copies_proto_msgTypes[1]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *ReadResponse) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*ReadResponse) ProtoMessage() {}
-
-func (x *ReadResponse) ProtoReflect() protoreflect.Message {
-	mi := &file_copies_proto_msgTypes[1]
+func (x *ReadRequest) GetConnection() []byte {
 	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use ReadResponse.ProtoReflect.Descriptor instead.
-func (*ReadResponse) Descriptor() ([]byte, []int) {
-	return file_copies_proto_rawDescGZIP(), []int{1}
-}
-
-func (x *ReadResponse) GetPart() isReadResponse_Part {
-	if x != nil {
-		return x.Part
+		return x.Connection
 	}
 	return nil
 }
-
-func (x *ReadResponse) GetDescription() *Description {
-	if x != nil {
-		if x, ok := x.Part.(*ReadResponse_Description); ok {
-			return x.Description
-		}
-	}
-	return nil
-}
-
-func (x *ReadResponse) GetPiece() *Piece {
-	if x != nil {
-		if x, ok := x.Part.(*ReadResponse_Piece); ok {
-			return x.Piece
-		}
-	}
-	return nil
-}
-
-type isReadResponse_Part interface {
-	isReadResponse_Part()
-}
-
-type ReadResponse_Description struct {
-	// First, once.
-	Description *Description `protobuf:"bytes,1,opt,name=description,proto3,oneof"`
-}
-
-type ReadResponse_Piece struct {
-	Piece *Piece `protobuf:"bytes,2,opt,name=piece,proto3,oneof"`
-}
-
-func (*ReadResponse_Description) isReadResponse_Part() {}
-
-func (*ReadResponse_Piece) isReadResponse_Part() {}
 
 type Description struct {
 	state protoimpl.MessageState `protogen:"open.v1"`
@@ -180,7 +107,7 @@ type Description struct {
 
 func (x *Description) Reset() {
 	*x = Description{}
-	mi := &file_copies_proto_msgTypes[2]
+	mi := &file_copies_proto_msgTypes[1]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -192,7 +119,7 @@ func (x *Description) String() string {
 func (*Description) ProtoMessage() {}
 
 func (x *Description) ProtoReflect() protoreflect.Message {
-	mi := &file_copies_proto_msgTypes[2]
+	mi := &file_copies_proto_msgTypes[1]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -205,7 +132,7 @@ func (x *Description) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use Description.ProtoReflect.Descriptor instead.
 func (*Description) Descriptor() ([]byte, []int) {
-	return file_copies_proto_rawDescGZIP(), []int{2}
+	return file_copies_proto_rawDescGZIP(), []int{1}
 }
 
 func (x *Description) GetSize() int64 {
@@ -229,68 +156,6 @@ func (x *Description) GetCreated() int64 {
 	return 0
 }
 
-type Piece struct {
-	state protoimpl.MessageState `protogen:"open.v1"`
-	// Bytes.
-	Offset int64  `protobuf:"varint,1,opt,name=offset,proto3" json:"offset,omitempty"`
-	Data   []byte `protobuf:"bytes,2,opt,name=data,proto3" json:"data,omitempty"`
-	// CRC-32C (Castagnoli) of the data.
-	Checksum      uint32 `protobuf:"fixed32,3,opt,name=checksum,proto3" json:"checksum,omitempty"`
-	unknownFields protoimpl.UnknownFields
-	sizeCache     protoimpl.SizeCache
-}
-
-func (x *Piece) Reset() {
-	*x = Piece{}
-	mi := &file_copies_proto_msgTypes[3]
-	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-	ms.StoreMessageInfo(mi)
-}
-
-func (x *Piece) String() string {
-	return protoimpl.X.MessageStringOf(x)
-}
-
-func (*Piece) ProtoMessage() {}
-
-func (x *Piece) ProtoReflect() protoreflect.Message {
-	mi := &file_copies_proto_msgTypes[3]
-	if x != nil {
-		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
-		if ms.LoadMessageInfo() == nil {
-			ms.StoreMessageInfo(mi)
-		}
-		return ms
-	}
-	return mi.MessageOf(x)
-}
-
-// Deprecated: Use Piece.ProtoReflect.Descriptor instead.
-func (*Piece) Descriptor() ([]byte, []int) {
-	return file_copies_proto_rawDescGZIP(), []int{3}
-}
-
-func (x *Piece) GetOffset() int64 {
-	if x != nil {
-		return x.Offset
-	}
-	return 0
-}
-
-func (x *Piece) GetData() []byte {
-	if x != nil {
-		return x.Data
-	}
-	return nil
-}
-
-func (x *Piece) GetChecksum() uint32 {
-	if x != nil {
-		return x.Checksum
-	}
-	return 0
-}
-
 // CopyOrder is what the router tells a node, in the metadata of CreateVolume, of
 // a source that is on another node.
 type CopyOrder struct {
@@ -307,7 +172,7 @@ type CopyOrder struct {
 
 func (x *CopyOrder) Reset() {
 	*x = CopyOrder{}
-	mi := &file_copies_proto_msgTypes[4]
+	mi := &file_copies_proto_msgTypes[2]
 	ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 	ms.StoreMessageInfo(mi)
 }
@@ -319,7 +184,7 @@ func (x *CopyOrder) String() string {
 func (*CopyOrder) ProtoMessage() {}
 
 func (x *CopyOrder) ProtoReflect() protoreflect.Message {
-	mi := &file_copies_proto_msgTypes[4]
+	mi := &file_copies_proto_msgTypes[2]
 	if x != nil {
 		ms := protoimpl.X.MessageStateOf(protoimpl.Pointer(x))
 		if ms.LoadMessageInfo() == nil {
@@ -332,7 +197,7 @@ func (x *CopyOrder) ProtoReflect() protoreflect.Message {
 
 // Deprecated: Use CopyOrder.ProtoReflect.Descriptor instead.
 func (*CopyOrder) Descriptor() ([]byte, []int) {
-	return file_copies_proto_rawDescGZIP(), []int{4}
+	return file_copies_proto_rawDescGZIP(), []int{2}
 }
 
 func (x *CopyOrder) GetNode() string {
@@ -367,32 +232,27 @@ var File_copies_proto protoreflect.FileDescriptor
 
 const file_copies_proto_rawDesc = "" +
 	"\n" +
-	"\fcopies.proto\x12\rorlop.peer.v1\"^\n" +
+	"\fcopies.proto\x12\rorlop.peer.v1\"~\n" +
 	"\vReadRequest\x12\x1f\n" +
 	"\vsnapshot_id\x18\x01 \x01(\tR\n" +
 	"snapshotId\x12\x16\n" +
 	"\x06ticket\x18\x02 \x01(\fR\x06ticket\x12\x16\n" +
-	"\x06offset\x18\x03 \x01(\x03R\x06offset\"\x84\x01\n" +
-	"\fReadResponse\x12>\n" +
-	"\vdescription\x18\x01 \x01(\v2\x1a.orlop.peer.v1.DescriptionH\x00R\vdescription\x12,\n" +
-	"\x05piece\x18\x02 \x01(\v2\x14.orlop.peer.v1.PieceH\x00R\x05pieceB\x06\n" +
-	"\x04part\"U\n" +
+	"\x06offset\x18\x03 \x01(\x03R\x06offset\x12\x1e\n" +
+	"\n" +
+	"connection\x18\x04 \x01(\fR\n" +
+	"connection\"U\n" +
 	"\vDescription\x12\x12\n" +
 	"\x04size\x18\x01 \x01(\x03R\x04size\x12\x18\n" +
 	"\acontent\x18\x02 \x01(\tR\acontent\x12\x18\n" +
-	"\acreated\x18\x03 \x01(\x03R\acreated\"O\n" +
-	"\x05Piece\x12\x16\n" +
-	"\x06offset\x18\x01 \x01(\x03R\x06offset\x12\x12\n" +
-	"\x04data\x18\x02 \x01(\fR\x04data\x12\x1a\n" +
-	"\bchecksum\x18\x03 \x01(\aR\bchecksum\"r\n" +
+	"\acreated\x18\x03 \x01(\x03R\acreated\"r\n" +
 	"\tCopyOrder\x12\x12\n" +
 	"\x04node\x18\x01 \x01(\tR\x04node\x12\x18\n" +
 	"\aaddress\x18\x02 \x01(\tR\aaddress\x12\x1f\n" +
 	"\vsnapshot_id\x18\x03 \x01(\tR\n" +
 	"snapshotId\x12\x16\n" +
-	"\x06ticket\x18\x04 \x01(\fR\x06ticket2K\n" +
-	"\x06Copies\x12A\n" +
-	"\x04Read\x12\x1a.orlop.peer.v1.ReadRequest\x1a\x1b.orlop.peer.v1.ReadResponse0\x01B(Z&github.com/orlop-csi/orlop/pkg/peerapib\x06proto3"
+	"\x06ticket\x18\x04 \x01(\fR\x06ticket2J\n" +
+	"\x06Copies\x12@\n" +
+	"\x04Read\x12\x1a.orlop.peer.v1.ReadRequest\x1a\x1a.orlop.peer.v1.Description0\x01B(Z&github.com/orlop-csi/orlop/pkg/peerapib\x06proto3"
 
 var (
 	file_copies_proto_rawDescOnce sync.Once
@@ -406,24 +266,20 @@ func file_copies_proto_rawDescGZIP() []byte {
 	return file_copies_proto_rawDescData
 }
 
-var file_copies_proto_msgTypes = make([]protoimpl.MessageInfo, 5)
+var file_copies_proto_msgTypes = make([]protoimpl.MessageInfo, 3)
 var file_copies_proto_goTypes = []any{
-	(*ReadRequest)(nil),  // 0: orlop.peer.v1.ReadRequest
-	(*ReadResponse)(nil), // 1: orlop.peer.v1.ReadResponse
-	(*Description)(nil),  // 2: orlop.peer.v1.Description
-	(*Piece)(nil),        // 3: orlop.peer.v1.Piece
-	(*CopyOrder)(nil),    // 4: orlop.peer.v1.CopyOrder
+	(*ReadRequest)(nil), // 0: orlop.peer.v1.ReadRequest
+	(*Description)(nil), // 1: orlop.peer.v1.Description
+	(*CopyOrder)(nil),   // 2: orlop.peer.v1.CopyOrder
 }
 var file_copies_proto_depIdxs = []int32{
-	2, // 0: orlop.peer.v1.ReadResponse.description:type_name -> orlop.peer.v1.Description
-	3, // 1: orlop.peer.v1.ReadResponse.piece:type_name -> orlop.peer.v1.Piece
-	0, // 2: orlop.peer.v1.Copies.Read:input_type -> orlop.peer.v1.ReadRequest
-	1, // 3: orlop.peer.v1.Copies.Read:output_type -> orlop.peer.v1.ReadResponse
-	3, // [3:4] is the sub-list for method output_type
-	2, // [2:3] is the sub-list for method input_type
-	2, // [2:2] is the sub-list for extension type_name
-	2, // [2:2] is the sub-list for extension extendee
-	0, // [0:2] is the sub-list for field type_name
+	0, // 0: orlop.peer.v1.Copies.Read:input_type -> orlop.peer.v1.ReadRequest
+	1, // 1: orlop.peer.v1.Copies.Read:output_type -> orlop.peer.v1.Description
+	1, // [1:2] is the sub-list for method output_type
+	0, // [0:1] is the sub-list for method input_type
+	0, // [0:0] is the sub-list for extension type_name
+	0, // [0:0] is the sub-list for extension extendee
+	0, // [0:0] is the sub-list for field type_name
 }
 
 func init() { file_copies_proto_init() }
@@ -431,17 +287,13 @@ func file_copies_proto_init() {
 	if File_copies_proto != nil {
 		return
 	}
-	file_copies_proto_msgTypes[1].OneofWrappers = []any{
-		(*ReadResponse_Description)(nil),
-		(*ReadResponse_Piece)(nil),
-	}
 	type x struct{}
 	out := protoimpl.TypeBuilder{
 		File: protoimpl.DescBuilder{
 			GoPackagePath: reflect.TypeOf(x{}).PkgPath(),
 			RawDescriptor: unsafe.Slice(unsafe.StringData(file_copies_proto_rawDesc), len(file_copies_proto_rawDesc)),
 			NumEnums:      0,
-			NumMessages:   5,
+			NumMessages:   3,
 			NumExtensions: 0,
 			NumServices:   1,
 		},

@@ -27,11 +27,15 @@ const (
 //
 // Copies gives the bytes of a snapshot to another node, which makes a volume of
 // them. It is the one service that nodes may call, too: with a ticket.
+//
+// The bytes do not come as messages, which would be copied several times on their
+// way and cost more than to encrypt them, but over a connection of their own to
+// the same port; see Protocol in pkg/transfer.
 type CopiesClient interface {
-	// Read gives what the snapshot has from an offset on, in ascending order. What
-	// is not given reads as zeros. A stream that ends without an error has given
-	// everything.
-	Read(ctx context.Context, in *ReadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadResponse], error)
+	// Read answers with what the snapshot is, once. Then it gives what the snapshot
+	// has from an offset on, in ascending order; what is not given reads as zeros. A
+	// call that ends without an error has given everything.
+	Read(ctx context.Context, in *ReadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Description], error)
 }
 
 type copiesClient struct {
@@ -42,13 +46,13 @@ func NewCopiesClient(cc grpc.ClientConnInterface) CopiesClient {
 	return &copiesClient{cc}
 }
 
-func (c *copiesClient) Read(ctx context.Context, in *ReadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[ReadResponse], error) {
+func (c *copiesClient) Read(ctx context.Context, in *ReadRequest, opts ...grpc.CallOption) (grpc.ServerStreamingClient[Description], error) {
 	cOpts := append([]grpc.CallOption{grpc.StaticMethod()}, opts...)
 	stream, err := c.cc.NewStream(ctx, &Copies_ServiceDesc.Streams[0], Copies_Read_FullMethodName, cOpts...)
 	if err != nil {
 		return nil, err
 	}
-	x := &grpc.GenericClientStream[ReadRequest, ReadResponse]{ClientStream: stream}
+	x := &grpc.GenericClientStream[ReadRequest, Description]{ClientStream: stream}
 	if err := x.ClientStream.SendMsg(in); err != nil {
 		return nil, err
 	}
@@ -59,7 +63,7 @@ func (c *copiesClient) Read(ctx context.Context, in *ReadRequest, opts ...grpc.C
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Copies_ReadClient = grpc.ServerStreamingClient[ReadResponse]
+type Copies_ReadClient = grpc.ServerStreamingClient[Description]
 
 // CopiesServer is the server API for Copies service.
 // All implementations must embed UnimplementedCopiesServer
@@ -67,11 +71,15 @@ type Copies_ReadClient = grpc.ServerStreamingClient[ReadResponse]
 //
 // Copies gives the bytes of a snapshot to another node, which makes a volume of
 // them. It is the one service that nodes may call, too: with a ticket.
+//
+// The bytes do not come as messages, which would be copied several times on their
+// way and cost more than to encrypt them, but over a connection of their own to
+// the same port; see Protocol in pkg/transfer.
 type CopiesServer interface {
-	// Read gives what the snapshot has from an offset on, in ascending order. What
-	// is not given reads as zeros. A stream that ends without an error has given
-	// everything.
-	Read(*ReadRequest, grpc.ServerStreamingServer[ReadResponse]) error
+	// Read answers with what the snapshot is, once. Then it gives what the snapshot
+	// has from an offset on, in ascending order; what is not given reads as zeros. A
+	// call that ends without an error has given everything.
+	Read(*ReadRequest, grpc.ServerStreamingServer[Description]) error
 	mustEmbedUnimplementedCopiesServer()
 }
 
@@ -82,7 +90,7 @@ type CopiesServer interface {
 // pointer dereference when methods are called.
 type UnimplementedCopiesServer struct{}
 
-func (UnimplementedCopiesServer) Read(*ReadRequest, grpc.ServerStreamingServer[ReadResponse]) error {
+func (UnimplementedCopiesServer) Read(*ReadRequest, grpc.ServerStreamingServer[Description]) error {
 	return status.Error(codes.Unimplemented, "method Read not implemented")
 }
 func (UnimplementedCopiesServer) mustEmbedUnimplementedCopiesServer() {}
@@ -111,11 +119,11 @@ func _Copies_Read_Handler(srv interface{}, stream grpc.ServerStream) error {
 	if err := stream.RecvMsg(m); err != nil {
 		return err
 	}
-	return srv.(CopiesServer).Read(m, &grpc.GenericServerStream[ReadRequest, ReadResponse]{ServerStream: stream})
+	return srv.(CopiesServer).Read(m, &grpc.GenericServerStream[ReadRequest, Description]{ServerStream: stream})
 }
 
 // This type alias is provided for backwards compatibility with existing code that references the prior non-generic stream type by name.
-type Copies_ReadServer = grpc.ServerStreamingServer[ReadResponse]
+type Copies_ReadServer = grpc.ServerStreamingServer[Description]
 
 // Copies_ServiceDesc is the grpc.ServiceDesc for Copies service.
 // It's only intended for direct use with grpc.RegisterService,

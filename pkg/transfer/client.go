@@ -2,12 +2,12 @@ package transfer
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"iter"
-	"math"
+	"net"
 	"time"
 
 	"google.golang.org/grpc"
@@ -26,11 +26,8 @@ const (
 	mostCorrupt  = 3
 )
 
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
-
-// errCorrupt is a piece that is not what its checksum says. What is on the disk
-// there may be good, so that it is read again.
-var errCorrupt = pool.Errorf(pool.ErrDamaged, "what was read does not have its checksum")
+// leftover is how long what came before a call failed may take to be read.
+const leftover = time.Second
 
 // Remote describes the snapshot that the copy's order names, as a volume can be
 // made of it. done is to be called in the end.
@@ -47,7 +44,7 @@ func (c *Copy) Remote(ctx context.Context) (remote *pool.Remote, done func(), er
 	client := peerapi.NewCopiesClient(connection)
 	ending, end := context.WithCancel(ctx)
 	defer end()
-	description, _, err := open(ending, client, order, math.MaxInt64)
+	description, _, err := call(ending, client, order, &peerapi.ReadRequest{})
 	if err != nil {
 		done()
 		return nil, nil, err
@@ -62,20 +59,77 @@ func (c *Copy) Remote(ctx context.Context) (remote *pool.Remote, done func(), er
 	}, done, nil
 }
 
-// open begins to read a snapshot.
-func open(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyOrder, offset int64) (*peerapi.Description, grpc.ServerStreamingClient[peerapi.ReadResponse], error) {
-	stream, err := client.Read(ctx, &peerapi.ReadRequest{SnapshotId: order.GetSnapshotId(), Ticket: order.GetTicket(), Offset: offset}, grpc.CallContentSubtype(codecName))
+// call asks a node to read a snapshot, and gives what it answers first.
+func call(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyOrder, r *peerapi.ReadRequest) (*peerapi.Description, grpc.ServerStreamingClient[peerapi.Description], error) {
+	r.SnapshotId, r.Ticket = order.GetSnapshotId(), order.GetTicket()
+	stream, err := client.Read(ctx, r)
 	if err != nil {
 		return nil, nil, fmt.Errorf("node %s: %w", order.GetNode(), err)
 	}
-	first, err := stream.Recv()
+	description, err := stream.Recv()
 	if err != nil {
 		return nil, nil, fmt.Errorf("node %s: %w", order.GetNode(), err)
 	}
-	if first.GetDescription() == nil {
-		return nil, nil, fmt.Errorf("node %s: a copy must begin with a description", order.GetNode())
+	return description, stream, nil
+}
+
+// source is a snapshot on another node that is being read.
+type source struct {
+	description *peerapi.Description
+	connection  net.Conn
+	memory      []byte     // of the piece that was read last
+	ended       chan error // how the call ended; io.EOF is well
+}
+
+// open begins to read a snapshot from an offset on, until ctx ends.
+func (c *Copy) open(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyOrder, offset int64) (*source, error) {
+	connection, err := c.copies.options.Open(ctx, order.GetNode(), order.GetAddress())
+	if err != nil {
+		return nil, status.Errorf(codes.Unavailable, "node %s: opening a connection for the bytes: %v", order.GetNode(), err)
 	}
-	return first.GetDescription(), stream, nil
+	context.AfterFunc(ctx, func() { connection.Close() })
+	name := make([]byte, nameSize)
+	_, _ = rand.Read(name) // never fails
+	if _, err := connection.Write(name); err != nil {
+		return nil, status.Errorf(codes.Unavailable, "node %s: opening a connection for the bytes: %v", order.GetNode(), err)
+	}
+	description, stream, err := call(ctx, client, order, &peerapi.ReadRequest{Offset: offset, Connection: name})
+	if err != nil {
+		return nil, err
+	}
+	s := &source{description, connection, make([]byte, pool.PieceSize), make(chan error, 1)}
+	go func() {
+		_, err := stream.Recv()
+		if err == nil {
+			err = status.Error(codes.Internal, "a second description")
+		}
+		s.ended <- err
+		if !errors.Is(err, io.EOF) {
+			// Nobody would notice any more if nothing came. What has come is good.
+			_ = connection.SetReadDeadline(time.Now().Add(leftover))
+		}
+	}()
+	return s, nil
+}
+
+// next gives the next piece, which must lie behind an offset. It is good until
+// the one after it. When everything was given, it is io.EOF.
+func (s *source) next(behind int64) (pool.Piece, error) {
+	piece, err := readPiece(s.connection, behind, s.memory)
+	if err == nil || errors.Is(err, errCorrupt) {
+		return piece, err
+	}
+	s.connection.Close()
+	// The call tells why, and whether the end is the end.
+	select {
+	case ended := <-s.ended:
+		if errors.Is(ended, io.EOF) && !errors.Is(err, io.EOF) {
+			break
+		}
+		return piece, ended
+	case <-time.After(patience):
+	}
+	return piece, status.Errorf(codes.Unavailable, "the connection for the bytes: %v", err)
 }
 
 // read gives the pieces of a snapshot on another node. A connection that breaks,
@@ -117,38 +171,34 @@ func (c *Copy) read(ctx context.Context, client peerapi.CopiesClient, created, o
 func (c *Copy) stream(ctx context.Context, client peerapi.CopiesClient, order *peerapi.CopyOrder, created, offset int64, yield func(pool.Piece, error) bool) (at int64, wanted bool, err error) {
 	ctx, end := context.WithCancel(ctx)
 	defer end()
-	description, stream, err := open(ctx, client, order, offset)
+	from, err := c.open(ctx, client, order, offset)
 	if err != nil {
 		return offset, true, err
 	}
-	if description.GetCreated() != created {
+	size := from.description.GetSize()
+	if from.description.GetCreated() != created {
 		return offset, true, pool.Errorf(pool.ErrUnavailable, "snapshot %s on node %s is not the one any more that the copy began with: it begins anew with the next call", order.GetSnapshotId(), order.GetNode())
 	}
-	c.Advance(offset, description.GetSize())
-	var response peerapi.ReadResponse // whose memory is used again
+	c.Advance(offset, size)
 	for {
-		err := stream.RecvMsg(&response)
+		piece, err := from.next(offset)
 		if errors.Is(err, io.EOF) {
-			c.Advance(description.GetSize(), description.GetSize())
+			c.Advance(size, size)
 			return offset, true, nil
 		}
 		if err != nil {
-			return offset, true, fmt.Errorf("node %s: %w", order.GetNode(), err)
+			return offset, true, fmt.Errorf("node %s, snapshot %s: %w", order.GetNode(), order.GetSnapshotId(), err)
 		}
-		piece := response.GetPiece()
-		data := piece.GetData()
-		if crc32.Checksum(data, castagnoli) != piece.GetChecksum() || piece.GetOffset() < offset || len(data) > pool.PieceSize {
-			return offset, true, fmt.Errorf("node %s, snapshot %s, %d bytes at %d: %w", order.GetNode(), order.GetSnapshotId(), len(data), piece.GetOffset(), errCorrupt)
-		}
-		if err := c.copies.limiter.WaitN(ctx, len(data)); err != nil {
+		n := len(piece.Data)
+		if err := c.copies.limiter.WaitN(ctx, n); err != nil {
 			return offset, true, err
 		}
-		if !yield(pool.Piece{Offset: piece.GetOffset(), Data: data}, nil) {
+		if !yield(piece, nil) {
 			return offset, false, nil
 		}
-		offset = piece.GetOffset() + int64(len(data))
-		c.copies.received.Add(int64(len(data)))
-		c.received.Add(int64(len(data)))
+		offset = piece.Offset + int64(n)
+		c.copies.received.Add(int64(n))
+		c.received.Add(int64(n))
 		c.done.Store(offset)
 	}
 }

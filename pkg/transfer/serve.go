@@ -3,8 +3,7 @@ package transfer
 import (
 	"context"
 	"errors"
-	"hash/crc32"
-	"math"
+	"io"
 
 	"google.golang.org/grpc"
 
@@ -16,21 +15,27 @@ import (
 type Server struct {
 	peerapi.UnimplementedCopiesServer
 
-	pools *pool.Set
-	used  *Copies
-	allow func(ctx context.Context, ticket []byte, snapshotID string) error
+	pools       *pool.Set
+	used        *Copies
+	connections *Connections
+	allow       Allow
 }
 
-// NewServer makes the service. allow judges whether the caller may read a
-// snapshot with a ticket. What is read counts as of use in used.
-func NewServer(pools *pool.Set, used *Copies, allow func(ctx context.Context, ticket []byte, snapshotID string) error) *Server {
-	return &Server{pools: pools, used: used, allow: allow}
+// Allow judges whether the caller may read a snapshot with a ticket, and tells
+// which node it is, by its topology segment.
+type Allow func(ctx context.Context, ticket []byte, snapshotID string) (reader string, err error)
+
+// NewServer makes the service, which gives bytes over those connections. What is
+// read counts as of use in used.
+func NewServer(pools *pool.Set, used *Copies, connections *Connections, allow Allow) *Server {
+	return &Server{pools: pools, used: used, connections: connections, allow: allow}
 }
 
 // Read implements peerapi.CopiesServer.
-func (s *Server) Read(r *peerapi.ReadRequest, out grpc.ServerStreamingServer[peerapi.ReadResponse]) error {
+func (s *Server) Read(r *peerapi.ReadRequest, out grpc.ServerStreamingServer[peerapi.Description]) error {
 	ctx := out.Context()
-	if err := s.allow(ctx, r.GetTicket(), r.GetSnapshotId()); err != nil {
+	reader, err := s.allow(ctx, r.GetTicket(), r.GetSnapshotId())
+	if err != nil {
 		return err
 	}
 	id, err := pool.ParseID(r.GetSnapshotId())
@@ -51,23 +56,40 @@ func (s *Server) Read(r *peerapi.ReadRequest, out grpc.ServerStreamingServer[pee
 	}
 	s.used.Use(snapshot.Name)
 	defer s.used.Use(snapshot.Name)
-	if err := out.Send(&peerapi.ReadResponse{Part: &peerapi.ReadResponse_Description{Description: &peerapi.Description{
+	if err := out.Send(&peerapi.Description{
 		Size: snapshot.Size, Content: string(snapshot.Content), Created: snapshot.Created.UnixNano(),
-	}}}); err != nil {
+	}); err != nil {
 		return err
 	}
-	if r.GetOffset() == math.MaxInt64 { // only the description is wanted
+	if len(r.GetConnection()) == 0 {
 		return nil
 	}
+	connection, err := s.connections.take(ctx, reader, r.GetConnection())
+	if err != nil {
+		return err
+	}
+	defer connection.Close()
+	// Writing to it would wait for a reader that is there no more.
+	defer context.AfterFunc(ctx, func() { connection.Close() })()
 	for piece, err := range engine.Read(ctx, snapshot.Name, r.GetOffset()) {
 		if err != nil {
 			return err
 		}
-		if err := out.Send(&peerapi.ReadResponse{Part: &peerapi.ReadResponse_Piece{Piece: &peerapi.Piece{
-			Offset: piece.Offset, Data: piece.Data, Checksum: crc32.Checksum(piece.Data, castagnoli),
-		}}}); err != nil {
-			return errors.Join(err, ctx.Err())
+		if err := writePiece(connection, piece); err != nil {
+			return broken(ctx, err)
 		}
 	}
+	if err := writePiece(connection, pool.Piece{}); err != nil {
+		return broken(ctx, err)
+	}
+	// Until all has come over, the call is what notices that the reader is gone.
+	if _, err := io.Copy(io.Discard, connection); err != nil {
+		return broken(ctx, err)
+	}
 	return nil
+}
+
+// broken is the error of a connection for bytes.
+func broken(ctx context.Context, err error) error {
+	return errors.Join(pool.Errorf(pool.ErrUnavailable, "the connection for the bytes: %w", err), ctx.Err())
 }

@@ -7,6 +7,7 @@ package transfer
 
 import (
 	"context"
+	"net"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -20,9 +21,11 @@ import (
 
 // Options is how volumes are made of what is on other nodes.
 type Options struct {
-	// Dial connects to the node with that topology segment at that address.
-	// Without it, nothing is copied from other nodes.
+	// Dial connects to the node with that topology segment at that address
+	// for calls, and Open for bytes; see Protocol. Without them, nothing is
+	// copied from other nodes.
 	Dial func(segment, address string) (*grpc.ClientConn, error)
+	Open func(ctx context.Context, segment, address string) (net.Conn, error)
 	// Bandwidth bounds what all copies to this node take together, in bytes
 	// per second; 0 is no bound.
 	Bandwidth int64

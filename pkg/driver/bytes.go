@@ -1,8 +1,10 @@
 package driver
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
+	"errors"
 	"net"
 	"sync"
 
@@ -58,10 +60,32 @@ func serverTLS(own *peer.Credentials) *tls.Config {
 func openForBytes(ctx context.Context, own *peer.Credentials, segment, address string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, handshake)
 	defer cancel()
-	c := own.Client(segment)
-	c.NextProtos = []string{transfer.Protocol}
-	return (&tls.Dialer{Config: c}).DialContext(ctx, "tcp", address)
+	c, err := (&net.Dialer{}).DialContext(ctx, "tcp", address)
+	if err != nil {
+		return nil, err
+	}
+	config := own.Client(segment)
+	config.NextProtos = []string{transfer.Protocol}
+	secured := tls.Client(&readAhead{c, bufio.NewReaderSize(c, readAheadSize)}, config)
+	if err := secured.HandshakeContext(ctx); err != nil {
+		return nil, errors.Join(err, c.Close())
+	}
+	return secured, nil
 }
+
+// readAheadSize is how much is read from the network at once, in bytes.
+const readAheadSize = 256 << 10
+
+// readAhead is a connection that is read in larger parts than the records, 16 KiB,
+// that package tls asks for one by one.
+type readAhead struct {
+	net.Conn
+
+	from *bufio.Reader
+}
+
+// Read implements net.Conn.
+func (r *readAhead) Read(b []byte) (int, error) { return r.from.Read(b) }
 
 // corkedConn is a TLS connection that gives the network all the records of one
 // write at once. Package tls gives it each by itself, 16 KiB, and on the way of a

@@ -1,6 +1,7 @@
 package image
 
 import (
+	"cmp"
 	"context"
 	"iter"
 	"os"
@@ -11,18 +12,18 @@ import (
 )
 
 // While one block of an image goes to the network or comes from it, the disk is
-// at work on the next. These are a block's size in bytes, and how many there are:
-// the memory that each end of a copy takes.
+// at work on the others. These are a block's size in bytes, and how many there
+// are: the memory that each end of a copy takes.
 const (
 	blockSize  = 1 << 20
-	blockCount = 3
+	blockCount = 4
 )
 
 // block is some bytes of an image, in memory that direct I/O can use.
 type block struct {
 	offset int64
 	data   []byte
-	err    error
+	read   chan error // what came of reading it
 }
 
 func newBlocks() chan []byte {
@@ -44,39 +45,45 @@ func readAhead(ctx context.Context, file *os.File, ranges iter.Seq2[pool.Range, 
 		}
 		defer direct.Close()
 		ctx, cancel := context.WithCancel(ctx)
-		free, full := newBlocks(), make(chan block, blockCount+1) // and an error
+		free, blocks := newBlocks(), make(chan block, blockCount+1) // and an error
 		defer func() {
 			cancel()
-			for range full { // until the other end has noticed
+			for b := range blocks { // until the other end has noticed
+				<-b.read
 			}
 		}()
 		go func() {
-			defer close(full)
+			defer close(blocks)
+			failed := func(err error) {
+				b := block{read: make(chan error, 1)}
+				b.read <- err
+				blocks <- b
+			}
 			for r, err := range ranges {
 				if err != nil {
-					full <- block{err: err}
+					failed(err)
 					return
 				}
 				for end := r.Offset + r.Length; r.Offset < end; {
 					select {
 					case <-ctx.Done():
-						full <- block{err: context.Cause(ctx)}
+						failed(context.Cause(ctx))
 						return
 					case data := <-free:
-						data = data[:min(blockSize, end-r.Offset)]
-						if _, err := direct.ReadAt(data, r.Offset); err != nil {
-							full <- block{err: err}
-							return
-						}
-						full <- block{offset: r.Offset, data: data}
-						r.Offset += int64(len(data))
+						b := block{r.Offset, data[:min(blockSize, end-r.Offset)], make(chan error, 1)}
+						go func() {
+							_, err := direct.ReadAt(b.data, b.offset)
+							b.read <- err
+						}()
+						blocks <- b
+						r.Offset += int64(len(b.data))
 					}
 				}
 			}
 		}()
-		for b := range full {
-			if b.err != nil {
-				yield(pool.Piece{}, b.err)
+		for b := range blocks {
+			if err := <-b.read; err != nil {
+				yield(pool.Piece{}, err)
 				return
 			}
 			for at := 0; at < len(b.data); at += pool.PieceSize {
@@ -90,13 +97,10 @@ func readAhead(ctx context.Context, file *os.File, ranges iter.Seq2[pool.Range, 
 	}
 }
 
-// writeBehind writes to an image, in order, what is put into it, while the next
-// arrives.
+// writeBehind writes to an image what is put into it, while the next arrives.
 type writeBehind struct {
 	direct *extent.Direct
 	free   chan []byte
-	full   chan block
-	ended  chan struct{}
 	next   block // what is being filled
 
 	mu  sync.Mutex
@@ -109,23 +113,16 @@ func newWriteBehind(file *os.File) (*writeBehind, error) {
 	if err != nil {
 		return nil, err
 	}
-	w := &writeBehind{direct: direct, free: newBlocks(), full: make(chan block, blockCount), ended: make(chan struct{})}
-	go w.write()
-	return w, nil
+	return &writeBehind{direct: direct, free: newBlocks()}, nil
 }
 
-func (w *writeBehind) write() {
-	defer close(w.ended)
-	for b := range w.full {
-		if w.failed() == nil {
-			if _, err := w.direct.WriteAt(b.data, b.offset); err != nil {
-				w.mu.Lock()
-				w.err = err
-				w.mu.Unlock()
-			}
-		}
-		w.free <- b.data[:blockSize]
+func (w *writeBehind) write(b block) {
+	if _, err := w.direct.WriteAt(b.data, b.offset); err != nil {
+		w.mu.Lock()
+		w.err = cmp.Or(w.err, err)
+		w.mu.Unlock()
 	}
+	w.free <- b.data[:blockSize]
 }
 
 func (w *writeBehind) failed() error {
@@ -152,7 +149,7 @@ func (w *writeBehind) put(p pool.Piece) error {
 
 func (w *writeBehind) flush() {
 	if w.next.data != nil {
-		w.full <- w.next
+		go w.write(w.next)
 		w.next = block{}
 	}
 }
@@ -161,6 +158,12 @@ func (w *writeBehind) flush() {
 // before the file is synced.
 func (w *writeBehind) drain() error {
 	w.flush()
+	w.wait()
+	return w.failed()
+}
+
+// wait waits for the writes that have begun.
+func (w *writeBehind) wait() {
 	all := make([][]byte, 0, blockCount)
 	for range blockCount {
 		all = append(all, <-w.free)
@@ -168,12 +171,13 @@ func (w *writeBehind) drain() error {
 	for _, data := range all {
 		w.free <- data
 	}
-	return w.failed()
 }
 
 // close ends it. What was not drained may not be written.
 func (w *writeBehind) close() {
-	close(w.full)
-	<-w.ended
+	if w.next.data != nil {
+		w.free <- w.next.data[:blockSize]
+	}
+	w.wait()
 	_ = w.direct.Close() // the file's own close and sync tell
 }

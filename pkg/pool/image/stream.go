@@ -49,7 +49,7 @@ func readAhead(ctx context.Context, file *os.File, ranges iter.Seq2[pool.Range, 
 		defer func() {
 			cancel()
 			for b := range blocks { // until the other end has noticed
-				<-b.read
+				<-b.read //nolint:errcheck // nobody wants it any more
 			}
 		}()
 		go func() {

@@ -74,7 +74,7 @@ func openForBytes(ctx context.Context, own *peer.Credentials, segment, address s
 }
 
 // readAheadSize is how much is read from the network at once, in bytes.
-const readAheadSize = 256 << 10
+const readAheadSize = 128 << 10
 
 // readAhead is a connection that is read in larger parts than the records, 16 KiB,
 // that package tls asks for one by one.

@@ -13,11 +13,26 @@ import (
 // page cache, in bytes: of all disks that there are, the largest logical block.
 const Sector = 4096
 
-// Aligned makes room for n bytes that begins at a multiple of [Sector].
-func Aligned(n int) []byte {
-	b := make([]byte, n+Sector-1)
-	skip := -int(uintptr(unsafe.Pointer(unsafe.SliceData(b)))) & (Sector - 1)
-	return b[skip : skip+n : skip+n]
+// hugePage is the size of a huge page, in bytes, where pages have 4 KiB.
+const hugePage = 2 << 20
+
+// Memory makes room for so many parts of a size in bytes, a multiple of [Sector],
+// that direct I/O can use. It asks for huge pages (MADV_HUGEPAGE in madvise(2)):
+// the kernel takes hold of what it reads into and writes from page by page, in
+// every layer down to the disk, which on small pages is a quarter of the time that
+// a copy takes. After free nothing may touch it.
+func Memory(parts, size int) (memory [][]byte, free func(), err error) {
+	all, err := unix.Mmap(-1, 0, parts*size+hugePage, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, nil, fmt.Errorf("mmap of %d bytes: %w", parts*size, err)
+	}
+	_ = unix.Madvise(all, unix.MADV_HUGEPAGE) // a kernel without them is as good, and slower
+	at := -int(uintptr(unsafe.Pointer(unsafe.SliceData(all)))) & (hugePage - 1)
+	for range parts {
+		memory = append(memory, all[at:at+size:at+size])
+		at += size
+	}
+	return memory, func() { _ = unix.Munmap(all) }, nil // it fails for what is no mapping
 }
 
 // Direct reads and writes a file past the page cache (O_DIRECT in open(2)): bytes

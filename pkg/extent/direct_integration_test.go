@@ -33,13 +33,13 @@ func TestDirectReadsAndWritesAsTheFileDoes(t *testing.T) {
 			{5 * MiB, 8192, 1},     // not in memory at a sector
 			{8*MiB - 4096, 4096, 0},
 		} {
-			data := extent.Aligned(at.skip + at.size)[at.skip:]
+			data := memory(t, at.skip+at.size)[at.skip:]
 			copy(data, random(at.size))
 			copy(want[at.offset:], data)
 			if n, err := d.WriteAt(data, int64(at.offset)); n != at.size || err != nil {
 				t.Fatalf("writing %+v: %d, %v", at, n, err)
 			}
-			got := extent.Aligned(at.skip + at.size)[at.skip:]
+			got := memory(t, at.skip+at.size)[at.skip:]
 			if n, err := d.ReadAt(got, int64(at.offset)); n != at.size || err != nil || !bytes.Equal(got, data) {
 				t.Fatalf("reading %+v: %d, %v, equal %t", at, n, err, bytes.Equal(got, data))
 			}
@@ -63,6 +63,38 @@ func TestDirectReadsAndWritesAsTheFileDoes(t *testing.T) {
 	})
 }
 
+// memory makes room for n bytes, for as long as a test takes.
+func memory(t *testing.T, n int) []byte {
+	t.Helper()
+	parts, free, err := extent.Memory(1, (n+extent.Sector-1)/extent.Sector*extent.Sector)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(free)
+	return parts[0][:n]
+}
+
+func TestMemoryIsOfSeparateAlignedParts(t *testing.T) {
+	const n, size = 5, 3 * extent.Sector
+	parts, free, err := extent.Memory(n, size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer free()
+	if len(parts) != n {
+		t.Fatalf("%d parts, want %d", len(parts), n)
+	}
+	for i, part := range parts {
+		if len(part) != size || cap(part) != size || uintptr(unsafe.Pointer(&part[0]))%extent.Sector != 0 {
+			t.Errorf("part %d has %d bytes, room for %d, at %p", i, len(part), cap(part), part)
+		}
+		if !bytes.Equal(part, make([]byte, size)) {
+			t.Errorf("part %d is not of zeros, or another lies in it", i)
+		}
+		copy(part, bytes.Repeat([]byte{byte(i + 1)}, size))
+	}
+}
+
 // A copy leaves the page cache alone.
 func TestDirectLeavesThePageCacheAlone(t *testing.T) {
 	onEach(t, func(t *testing.T, _, dir string) {
@@ -72,7 +104,7 @@ func TestDirectLeavesThePageCacheAlone(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer d.Close()
-		data := extent.Aligned(4 * MiB)
+		data := memory(t, 4*MiB)
 		copy(data, random(len(data)))
 		if _, err := d.WriteAt(data, 0); err != nil {
 			t.Fatal(err)

@@ -24,4 +24,4 @@ type Piece struct {
 
 // PieceSize is how many bytes a piece has at most: what a copy in flight needs of
 // memory is a few of them.
-const PieceSize = 256 << 10
+const PieceSize = 128 << 10

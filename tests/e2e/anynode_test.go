@@ -154,7 +154,7 @@ func forget(t *testing.T) {
 // It tells what a restore on another node costs beside a plain copy of the same
 // bytes between the same nodes, in turns.
 func TestCopySpeed(t *testing.T) {
-	const mibs, rounds = 1024, 3
+	const mibs, rounds = 1024, 5
 	s := newSpace(t)
 	from, to := nodes[0], nodes[1]
 	s.apply(join(claimYAML, podYAML+onNode), "node", from, "claim", "data", "class", "orlop", "size", "2Gi", "pod", "app")

@@ -3,6 +3,7 @@ package image
 import (
 	"cmp"
 	"context"
+	"errors"
 	"iter"
 	"os"
 	"sync"
@@ -26,12 +27,18 @@ type block struct {
 	read   chan error // what came of reading it
 }
 
-func newBlocks() chan []byte {
-	free := make(chan []byte, blockCount)
-	for range blockCount {
-		free <- extent.Aligned(blockSize)
+// newBlocks makes the memory of one end. When none of it is used any more, it is
+// to be released.
+func newBlocks() (free chan []byte, release func(), err error) {
+	memory, release, err := extent.Memory(blockCount, blockSize)
+	if err != nil {
+		return nil, nil, err
 	}
-	return free
+	free = make(chan []byte, blockCount)
+	for _, data := range memory {
+		free <- data
+	}
+	return free, release, nil
 }
 
 // readAhead reads ranges of an image. The pieces that it gives are good until the
@@ -44,8 +51,14 @@ func readAhead(ctx context.Context, file *os.File, ranges iter.Seq2[pool.Range, 
 			return
 		}
 		defer direct.Close()
+		free, release, err := newBlocks()
+		if err != nil {
+			yield(pool.Piece{}, err)
+			return
+		}
+		defer release()
 		ctx, cancel := context.WithCancel(ctx)
-		free, blocks := newBlocks(), make(chan block, blockCount+1) // and an error
+		blocks := make(chan block, blockCount+1) // and an error
 		defer func() {
 			cancel()
 			for b := range blocks { // until the other end has noticed
@@ -99,9 +112,10 @@ func readAhead(ctx context.Context, file *os.File, ranges iter.Seq2[pool.Range, 
 
 // writeBehind writes to an image what is put into it, while the next arrives.
 type writeBehind struct {
-	direct *extent.Direct
-	free   chan []byte
-	next   block // what is being filled
+	direct  *extent.Direct
+	free    chan []byte
+	release func()
+	next    block // what is being filled
 
 	mu  sync.Mutex
 	err error // the first
@@ -113,7 +127,11 @@ func newWriteBehind(file *os.File) (*writeBehind, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &writeBehind{direct: direct, free: newBlocks()}, nil
+	free, release, err := newBlocks()
+	if err != nil {
+		return nil, errors.Join(err, direct.Close())
+	}
+	return &writeBehind{direct: direct, free: free, release: release}, nil
 }
 
 func (w *writeBehind) write(b block) {
@@ -179,5 +197,6 @@ func (w *writeBehind) close() {
 		w.free <- w.next.data[:blockSize]
 	}
 	w.wait()
+	w.release()
 	_ = w.direct.Close() // the file's own close and sync tell
 }

@@ -127,7 +127,7 @@ func TestTheLastOfSeveralExtendedOptionsIsNotTheOnlyOne(t *testing.T) {
 		t.Fatal(err)
 	}
 	got := strings.Join(mkfs[Ext4].arguments(parsed), " ")
-	want := "-F -q -m 0 -b 4096 -m 1 -j -E nodiscard,assume_storage_prezeroed=1,stride=16,stripe_width=32"
+	want := "-F -q -m 0 -b 4096 -G 64 -m 1 -j -E nodiscard,assume_storage_prezeroed=1,stride=16,stripe_width=32"
 	if got != want {
 		t.Errorf("got %s, want %s", got, want)
 	}

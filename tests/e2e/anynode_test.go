@@ -185,6 +185,10 @@ func TestCopySpeed(t *testing.T) {
 		s.delete(claims, name)
 	}
 	t.Logf("the copy has %.2f of the throughput of a plain one (%.2f)", median(ratios), ratios)
+	// Far below the least that was seen, and above what a fault would leave.
+	if median(ratios) < 0.5 {
+		t.Error("a restore on another node takes more than twice as long as a plain copy")
+	}
 }
 
 // copyTime reads in the driver's log how long a copy took, in seconds.

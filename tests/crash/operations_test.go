@@ -40,6 +40,7 @@ type operation struct {
 	copies   bool // bytes: only in such a pool
 	fleeting bool // it makes mounts and devices, which no failure of the power outlives
 	sample   bool // the power fails in it also where not all is tried
+	single   bool // the power fails in it while no other test's disk has failed
 }
 
 var (
@@ -316,6 +317,7 @@ var operations = []operation{
 		name:     "NodeStageVolume, of a clone, btrfs",
 		fleeting: true,
 		shares:   true,
+		single:   true, // mkfs.btrfs looks at all that is mounted on a loop device
 		once:     func(w *world) { w.source("source", 256*mib, btrfs) },
 		prepare: func(w *world) {
 			w.floor = w.live["source"].Safe.Load()

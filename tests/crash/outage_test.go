@@ -37,7 +37,9 @@ func TestNothingIsLostWhereverThePowerFails(t *testing.T) {
 					continue
 				}
 				t.Run(o.name, func(t *testing.T) {
-					t.Parallel()
+					if !o.single {
+						t.Parallel()
+					}
 					began := time.Now()
 					c := o.coverOutages(t, fsType, step)
 					c.name, c.took = fsType+": "+o.name, time.Since(began)

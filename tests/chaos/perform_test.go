@@ -454,13 +454,14 @@ func (r *run) publish(o model.Operation) error {
 		r.apply(o)
 		return mustBeReadOnly(target, v.Kind)
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.numbers++
-	w, err := write(target, v, r.numbers)
+	log, err := openLog(target, v.Kind)
 	if err != nil {
 		return err
 	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.numbers++
+	w := write(log, v, r.numbers)
 	r.world.Volumes[o.Volume].Content.Begin(w.number)
 	r.live[o.Volume], r.writers[w.number] = w, w
 	o.Apply(r.world)

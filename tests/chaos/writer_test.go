@@ -53,19 +53,21 @@ type writer struct {
 	ends []int64 // when each of its records was on stable storage
 }
 
+// openLog opens what a writer writes to. It waits while the filesystem is frozen,
+// and that may be until a driver that was killed is started again.
+func openLog(target string, kind model.Kind) (*os.File, error) {
+	return os.OpenFile(logOf(target, kind), os.O_WRONLY|os.O_CREATE, 0o600)
+}
+
 // write starts a writer on a published volume, behind the last record, which is
 // known.
-func write(target string, v model.Volume, number uint64) (*writer, error) {
-	f, err := os.OpenFile(logOf(target, v.Kind), os.O_WRONLY|os.O_CREATE, 0o600)
-	if err != nil {
-		return nil, err
-	}
+func write(f *os.File, v model.Volume, number uint64) *writer {
 	last := v.Content.Last.Least
 	w := &writer{Recorder: harness.NewRecorder(last), number: number, volume: v.Born, first: last + 1}
 	w.begun.Store(last)
 	record := make([]byte, recordSize)
 	w.Start(3*time.Millisecond, func(n int64) error { return w.one(f, record, n) }, f.Close)
-	return w, nil
+	return w
 }
 
 func (w *writer) one(f *os.File, record []byte, n int64) error {

@@ -100,39 +100,44 @@ func spansExt4(device, size, blockSize uint64) (bool, error) {
 // a block group that would be little more than its own tables.
 const leftOut = 16 << 20
 
-// GrowUnmounted makes the filesystem on a device that is not mounted as large
-// as the device, if Grow could not do so once it is mounted: that is ext4, in a
-// process that lacks CAP_SYS_RESOURCE. Else it does nothing. It checks the
-// whole filesystem first, which takes its time; resize2fs insists. Less than
+// GrowsUnmounted reports whether GrowUnmounted has something to do: the
+// filesystem on a device is smaller than that, and Grow could not help once it is
+// mounted. That is ext4, in a process that lacks CAP_SYS_RESOURCE. Less than
 // 16 MiB are not worth it.
-func GrowUnmounted(ctx context.Context, device string, t Type) error {
-	if t != Ext4 || hasCapability(unix.CAP_SYS_RESOURCE) {
-		return nil
+func GrowsUnmounted(device string, t Type) (bool, error) {
+	if t != Ext4 || mayGrowMounted() {
+		return false, nil
 	}
 	number, err := deviceNumber(device)
 	if err != nil {
-		return err
+		return false, err
 	}
 	size, err := deviceSize(number)
 	if err != nil {
-		return err
+		return false, err
 	}
 	info, err := Probe(device)
 	if err != nil {
-		return err
+		return false, err
 	}
-	if int64(size)-info.Size < leftOut {
-		return nil
-	}
+	return int64(size)-info.Size >= leftOut, nil
+}
+
+// GrowUnmounted makes the ext4 on a device that is not mounted as large as the
+// device. It checks the whole filesystem first, which takes its time; resize2fs
+// insists. If it is cut off, by whatever, the filesystem may be one that Check
+// takes for damaged, and is to be given to Repair before all else.
+func GrowUnmounted(ctx context.Context, device string) error {
 	if err := run(ctx, 1, "e2fsck", "-f", "-p", device); err != nil { // 1: errors corrected, e2fsck(8)
 		return err
 	}
 	return run(ctx, 0, "resize2fs", device)
 }
 
-// hasCapability tells whether this process may use a capability
-// (capabilities(7)).
-func hasCapability(number int) bool {
+// mayGrowMounted tells whether this process has CAP_SYS_RESOURCE
+// (capabilities(7)), without which the kernel grows no ext4 that is mounted.
+func mayGrowMounted() bool {
+	const number = unix.CAP_SYS_RESOURCE
 	header := unix.CapUserHeader{Version: unix.LINUX_CAPABILITY_VERSION_3}
 	var data [2]unix.CapUserData
 	if err := unix.Capget(&header, &data[0]); err != nil {

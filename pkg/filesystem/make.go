@@ -60,10 +60,22 @@ func Check(ctx context.Context, device string, t Type) error {
 	if err != nil || !info.Errors {
 		return err
 	}
+	return e2fsck(ctx, "-p", device)
+}
+
+// Repair mends an ext4 that GrowUnmounted was cut off in, whatever it takes: what
+// resize2fs leaves are tables that do not fit each other, and they can be made
+// anew of the files' own, which it does not touch. It is for nothing else: a
+// filesystem that was damaged otherwise may lose files by it.
+func Repair(ctx context.Context, device string) error {
+	return e2fsck(ctx, "-fy", device)
+}
+
+func e2fsck(ctx context.Context, how, device string) error {
 	// e2fsck(8), exit code: 1, errors corrected; 2, and reboot if it is the
 	// root filesystem; 4, errors left uncorrected; the rest, it did not run.
 	const corrected, uncorrected = 1 | 2, 4
-	err = run(ctx, corrected, "e2fsck", "-p", device)
+	err := run(ctx, corrected, "e2fsck", how, device)
 	var exit *exec.ExitError
 	if errors.As(err, &exit) && exit.Exited() && exit.ExitCode()&uncorrected != 0 {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)

@@ -153,6 +153,13 @@ func attachAndMount(ctx context.Context, engine pool.Engine, v pool.Volume, path
 			return err
 		}
 	}
+	if v.Content == pool.ContentGrowing {
+		// A killed driver may have left its resize2fs, which has the device
+		// open.
+		if err := detachAll(ctx, engine, v.Name); err != nil {
+			return err
+		}
+	}
 	device, err := engine.Attach(ctx, v.Name, false)
 	if err != nil {
 		return err
@@ -205,7 +212,12 @@ func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device stri
 		if err := mustHave(device, v); err != nil {
 			return err
 		}
-		if v.Content == pool.ContentCopied {
+		if v.Content == pool.ContentGrowing {
+			if err := filesystem.Repair(ctx, device); err != nil {
+				return asDamage(fmt.Errorf("repairing volume %s, whose growth was cut off: %w", v.ID, err))
+			}
+		}
+		if v.Content == pool.ContentCopied || v.Content == pool.ContentGrowing { // which may be a copy, too
 			if err := filesystem.RenewUUID(ctx, device, fsType); err != nil {
 				return fmt.Errorf("giving the copy %s an identity of its own: %w", v.ID, err)
 			}
@@ -213,11 +225,25 @@ func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device stri
 		if err := filesystem.Check(ctx, device, fsType); err != nil {
 			return asDamage(fmt.Errorf("checking volume %s: %w", v.ID, err))
 		}
-		if err := filesystem.GrowUnmounted(ctx, device, fsType); err != nil {
+		if err := growUnmounted(ctx, engine, v, device); err != nil {
 			return fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)
 		}
 	}
 	return engine.SetContent(ctx, v.Name, pool.ContentFilesystem)
+}
+
+// growUnmounted makes a filesystem as large as its device where that cannot be
+// done when it is mounted. What is cut off in it is repaired before the next use,
+// and must be known until then.
+func growUnmounted(ctx context.Context, engine pool.Engine, v pool.Volume, device string) error {
+	grows, err := filesystem.GrowsUnmounted(device, filesystem.Type(v.Filesystem))
+	if err != nil || !grows {
+		return err
+	}
+	if err := engine.SetContent(ctx, v.Name, pool.ContentGrowing); err != nil {
+		return err
+	}
+	return filesystem.GrowUnmounted(ctx, device)
 }
 
 // format makes a volume's filesystem on what is provably blank: an image that

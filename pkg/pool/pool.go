@@ -187,6 +187,7 @@ const (
 	ContentEmpty      Content = "empty"      // never written through the driver
 	ContentFormatting Content = "formatting" // mkfs was begun and is not known to have ended; never mounted
 	ContentFilesystem Content = "filesystem" // a filesystem that the driver made or adopted
+	ContentGrowing    Content = "growing"    // such a one, which is being made larger and may have been cut off in it; not mounted since
 	ContentCopied     Content = "copied"     // bytes of another volume, not mounted since
 	ContentRaw        Content = "raw"        // a block volume that its user may have written
 )

@@ -314,6 +314,19 @@ var operations = []operation{
 		undo:  goneV,
 	},
 	{
+		name:     "NodeStageVolume, of a larger restore, ext4",
+		fleeting: true,
+		shares:   true,
+		once:     func(w *world) { w.source("source", 64*mib, ext4); w.cut() },
+		prepare: func(w *world) {
+			w.must(copyOfSnapshot(160*mib, ext4)(w.Context(), w))
+			w.Staging("v")
+		},
+		call:  stage(ext4),
+		check: func(w *world) { w.copied("v", ext4); w.spans("v", 160*mib) },
+		undo:  goneV,
+	},
+	{
 		name:     "NodeStageVolume, of a clone, btrfs",
 		fleeting: true,
 		shares:   true,

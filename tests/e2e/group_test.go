@@ -52,7 +52,7 @@ spec:
         n=$((n+1))
         printf '%016d' $n | dd of=/data/number conv=notrunc,fsync 2>/tmp/error || { cat /tmp/error; exit 1; }
         printf '%016d' $n | dd of=/dev/data conv=notrunc,fsync 2>/tmp/error || { cat /tmp/error; exit 1; }
-        echo $n >/tmp/number
+        echo $n >/tmp/next; mv /tmp/next /tmp/number # read meanwhile
       done
     volumeMounts: [{name: data, mountPath: /data}]
     volumeDevices: [{name: raw, devicePath: /dev/data}]

@@ -124,13 +124,10 @@ func GrowsUnmounted(device string, t Type) (bool, error) {
 }
 
 // GrowUnmounted makes the ext4 on a device that is not mounted as large as the
-// device. It checks the whole filesystem first, which takes its time; resize2fs
-// insists. If it is cut off, by whatever, the filesystem may be one that Check
-// takes for damaged, and is to be given to Repair before all else.
+// device. CheckWhole must have found it sound just before; resize2fs insists. If it
+// is cut off, by whatever, the filesystem may be one that Check takes for damaged,
+// and is to be given to Repair before all else.
 func GrowUnmounted(ctx context.Context, device string) error {
-	if err := run(ctx, 1, "e2fsck", "-f", "-p", device); err != nil { // 1: errors corrected, e2fsck(8)
-		return err
-	}
 	return run(ctx, 0, "resize2fs", device)
 }
 

@@ -32,6 +32,7 @@ func TestGrowUnmountedThenGrow(t *testing.T) {
 				t.Fatalf("there is something to do: %t, want %t", grows, want)
 			}
 			if grows {
+				must(t, CheckWhole(soon(t), d.path))
 				must(t, GrowUnmounted(soon(t), d.path))
 			}
 		}
@@ -63,7 +64,7 @@ func TestAGrowthThatIsKilledIsRepaired(t *testing.T) {
 	for after := 500 * time.Microsecond; ; after += 500 * time.Microsecond {
 		d := original.copy(t)
 		d.resize(t, 4*gib)
-		must(t, run(soon(t), 1, "e2fsck", "-f", "-p", d.path))
+		must(t, CheckWhole(soon(t), d.path))
 
 		ctx, cancel := context.WithTimeout(t.Context(), after)
 		grown := run(ctx, 0, "resize2fs", d.path)

@@ -63,10 +63,18 @@ func Check(ctx context.Context, device string, t Type) error {
 	return e2fsck(ctx, "-p", device)
 }
 
+// CheckWhole looks at all of an ext4, which takes its time, and not only at what
+// the kernel marked. Otherwise it is as Check.
+func CheckWhole(ctx context.Context, device string) error {
+	return e2fsck(ctx, "-fp", device)
+}
+
 // Repair mends an ext4 that GrowUnmounted was cut off in, whatever it takes: what
 // resize2fs leaves are tables that do not fit each other, and they can be made
-// anew of the files' own, which it does not touch. It is for nothing else: a
-// filesystem that was damaged otherwise may lose files by it.
+// anew of the files' own, which it does not touch. (Beyond 1024 times its first
+// size a filesystem has no room left for descriptors, and resize2fs moves blocks of
+// files.) It is for nothing else: a filesystem that was damaged otherwise may lose
+// files by it.
 func Repair(ctx context.Context, device string) error {
 	return e2fsck(ctx, "-fy", device)
 }

@@ -206,6 +206,8 @@ func TestCheckNeverTouchesAMountedFilesystem(t *testing.T) {
 func TestCheckLeavesRealDamageToAHuman(t *testing.T) {
 	d := made(t, Ext4, roomy)
 	tool(t, "debugfs", "-w", "-R", "clri <2>", d.path) // the root directory
+	must(t, Check(soon(t), d.path, Ext4))              // nobody has marked it
+	wantError(t, CheckWhole(soon(t), d.path), ErrDamaged, "e2fsck", "RUN fsck MANUALLY")
 	tool(t, "debugfs", "-w", "-R", "set_super_value state 2", d.path)
 	wantError(t, Check(soon(t), d.path, Ext4), ErrDamaged, "e2fsck", "RUN fsck MANUALLY")
 }

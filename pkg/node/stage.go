@@ -226,7 +226,7 @@ func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device stri
 			return asDamage(fmt.Errorf("checking volume %s: %w", v.ID, err))
 		}
 		if err := growUnmounted(ctx, engine, v, device); err != nil {
-			return fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err)
+			return asDamage(fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err))
 		}
 	}
 	return engine.SetContent(ctx, v.Name, pool.ContentFilesystem)
@@ -234,10 +234,13 @@ func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device stri
 
 // growUnmounted makes a filesystem as large as its device where that cannot be
 // done when it is mounted. What is cut off in it is repaired before the next use,
-// and must be known until then.
+// and must be known until then; but what was damaged before is a human's.
 func growUnmounted(ctx context.Context, engine pool.Engine, v pool.Volume, device string) error {
 	grows, err := filesystem.GrowsUnmounted(device, filesystem.Type(v.Filesystem))
 	if err != nil || !grows {
+		return err
+	}
+	if err := filesystem.CheckWhole(ctx, device); err != nil {
 		return err
 	}
 	if err := engine.SetContent(ctx, v.Name, pool.ContentGrowing); err != nil {

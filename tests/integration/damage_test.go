@@ -4,7 +4,9 @@ package integration
 
 import (
 	"bytes"
+	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -298,4 +300,27 @@ func TestAPoolWhoseIdentityIsDamagedIsNotOpened(t *testing.T) {
 	if got := ctlIDs(t, d); len(got) != 1 || got[0] != v {
 		t.Errorf("when all is restored: %v, want %s", got, v)
 	}
+}
+
+// A filesystem that was damaged before it is to grow is left to a human, however
+// often it is tried: only what the growth itself has left is repaired unasked.
+func TestADamagedFilesystemIsNotRepairedForAGrowth(t *testing.T) {
+	d := harness.New(t, harness.DirectoryPool("$DIR/pool"))
+	ctlMust(t, os.Mkdir(filepath.Join(d.Dir, "pool"), 0o700))
+	d.Start()
+	mount := harness.Mount("ext4", harness.Writer)
+	id := d.Create("v", 64*ctlMiB, mount).GetVolumeId()
+	d.Use("v", id, mount)
+	d.Release("v", id)
+	image := filepath.Join(d.Dir, "pool", "volumes", "v", "data")
+	if said, err := exec.Command("debugfs", "-w", "-R", "clri <2>", image).CombinedOutput(); err != nil { // the root directory
+		t.Fatalf("debugfs: %v: %s", err, said)
+	}
+	_, err := d.ControllerExpandVolume(d.Context(), &csi.ControllerExpandVolumeRequest{VolumeId: id, CapacityRange: &csi.CapacityRange{RequiredBytes: 160 * ctlMiB}})
+	ctlMust(t, err)
+	for try := range 3 {
+		_, err := d.NodeStageVolume(d.Context(), &csi.NodeStageVolumeRequest{VolumeId: id, StagingTargetPath: d.Staging("v"), VolumeCapability: mount})
+		ctlWant(t, fmt.Sprintf("NodeStageVolume, try %d", try), err, codes.DataLoss, "repair")
+	}
+	d.Delete(id)
 }

@@ -49,6 +49,7 @@ var behindRouter = []func(*testing.T){
 	TestAVolumeWithDamagedMetadataIsLeftAlone,
 	TestAVolumeWhoseImageIsDamagedIsToldOf,
 	TestMetadataDamagedWhileTheDriverRunsIsToldOf,
+	TestADamagedFilesystemIsNotRepairedForAGrowth,
 
 	TestDataOfCopiesInUseBesideTheirSourceIsTheirOwn,
 	TestDataCopiesLargerThanTheirSourceSpanTheirVolume,

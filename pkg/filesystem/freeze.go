@@ -9,6 +9,13 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// HarmedByThaw reports whether a filesystem is left read-only when a process is
+// killed while it thaws it. A btrfs is: since Linux 6.2, and in stable kernels
+// since then, its thaw reads the superblock to see whether somebody else wrote
+// it, and takes for that a read that SIGKILL has ended ("super block on devid 1
+// got modified unexpectedly", btrfs_unfreeze in fs/btrfs/super.c).
+func (t Type) HarmedByThaw() bool { return t == Btrfs }
+
 // Sync writes out what the filesystem that is mounted at mountpoint has in
 // memory: syncfs(2). A freeze that comes soon after holds writers back for a
 // short time only.

@@ -140,6 +140,22 @@ func (p *Pod) Container(name string) string {
 	return dir
 }
 
+// SlowReads has a process read from a device once a second at most.
+func (p *Pod) SlowReads(cgroup string, pid int, device uint64) {
+	p.t.Helper()
+	file, rule := "blkio.throttle.read_iops_device", fmt.Sprintf("%d:%d 1", unix.Major(device), unix.Minor(device))
+	if p.Unified {
+		delegate(p.t, p.Cgroup)
+		file, rule = "io.max", fmt.Sprintf("%d:%d riops=1", unix.Major(device), unix.Minor(device))
+	}
+	if err := os.WriteFile(filepath.Join(cgroup, file), []byte(rule), 0); err != nil {
+		p.t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(cgroup, "cgroup.procs"), []byte(strconv.Itoa(pid)), 0); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
 // Target is where the kubelet would publish a volume for the pod.
 func (p *Pod) Target(d *Driver, volume string, block bool) string {
 	p.t.Helper()

@@ -16,6 +16,7 @@ import (
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
+	"github.com/orlop-csi/orlop/pkg/filesystem"
 	"github.com/orlop-csi/orlop/tests/harness"
 )
 
@@ -131,6 +132,37 @@ func TestDataOfAVolumeStaysWritableWhenTheDriverIsKilledInASnapshot(t *testing.T
 			dataCheckVolume(t, d, c.kind, "volume", id, n, n)
 		})
 	}
+}
+
+// A thaw of btrfs that is cut off by SIGKILL leaves it read-only. A read of the
+// superblock is what it waits for, and here for long.
+func TestDataOfABtrfsStaysWritableWhenTheDriverIsKilledAfterTheCut(t *testing.T) {
+	d := harness.Start(t, harness.FilePool("2Gi"))
+	kind := dataKinds[2]
+	id := d.Create("volume", kind.size, kind.capability).GetVolumeId()
+	target := d.Use("volume", id, kind.capability)
+	mount, err := filesystem.MountAt(target)
+	dataMust(t, err)
+	pod := harness.NewPod(t, "", "")
+	pod.SlowReads(pod.Container("driver"), d.Pid(), mount.Device)
+	for round := range 3 {
+		ended := make(chan error, 1)
+		go func(controller csi.ControllerClient) {
+			_, err := controller.CreateSnapshot(t.Context(), &csi.CreateSnapshotRequest{Name: fmt.Sprint("snapshot-", round), SourceVolumeId: id})
+			ended <- err
+		}(d.ControllerClient)
+		select {
+		case err := <-ended:
+			dataMust(t, err)
+		case <-time.After(300 * time.Millisecond):
+			d.Kill()
+			<-ended
+			d.Start()
+		}
+		dataMust(t, os.WriteFile(filepath.Join(target, fmt.Sprint("file-", round)), []byte("x"), 0o600))
+	}
+	d.Restart() // out of the cgroup
+	d.Release("volume", id)
 }
 
 // The same at the worst instant: the filesystem is frozen, and the driver is

@@ -71,6 +71,7 @@ var behindRouter = []func(*testing.T){
 
 	TestDataVolumesInUseOutliveTheDriver,
 	TestDataOfAVolumeStaysWritableWhenTheDriverIsKilledInASnapshot,
+	TestDataOfABtrfsStaysWritableWhenTheDriverIsKilledAfterTheCut,
 	TestDataFrozenByADriverThatDiedIsThawedAtTheNextStart,
 	TestDataFrozenBySomebodyElseStaysFrozen,
 	TestDataVolumeWhoseFirstStageWasKilledCanBeStaged,

@@ -44,7 +44,8 @@ type subject struct {
 // hold keeps the writers of some volumes off.
 //
 // What has a filesystem is frozen: its writers wait, and all that it has in
-// memory is on the device. For a raw device the kernel knows no such thing, so
+// memory is on the device; but for one that a thaw can harm, where it is cut
+// alone. For a raw device the kernel knows no such thing, so
 // the pods that have it are stopped, and its writes are counted: a group is only
 // cut if there was none.
 type hold struct {
@@ -71,8 +72,8 @@ type quiet struct {
 }
 
 // hold begins a hold of volumes. alone is that they are cut for themselves: then
-// raw devices are flushed and not held, for the reflink of one is atomic. After
-// an error nothing is held.
+// raw devices, and filesystems that a thaw can harm, are flushed and not held, for
+// the reflink of one is atomic. After an error nothing is held.
 func (e *Engine) hold(ctx context.Context, subjects []subject, alone bool) (_ *hold, err error) {
 	ctx, cancel := context.WithTimeout(ctx, holdLimit)
 	defer cancel()
@@ -85,7 +86,7 @@ func (e *Engine) hold(ctx context.Context, subjects []subject, alone bool) (_ *h
 			err = errors.Join(leaving(err), h.release())
 		}
 	}()
-	mounts := map[string]string{} // by volume
+	mounts := map[string]filesystem.MountPoint{} // by volume
 	var raw []subject
 	pods := map[string][]string{} // by volume
 	for _, s := range subjects {
@@ -97,7 +98,7 @@ func (e *Engine) hold(ctx context.Context, subjects []subject, alone bool) (_ *h
 			return nil, err
 		}
 		if len(filesystems) > 0 {
-			mounts[s.volume] = filesystems[0].Path
+			mounts[s.volume] = filesystems[0]
 			continue
 		}
 		raw = append(raw, s)
@@ -110,7 +111,7 @@ func (e *Engine) hold(ctx context.Context, subjects []subject, alone bool) (_ *h
 	// a short time only.
 	if err := each(subjects, func(s subject) error {
 		if at, ok := mounts[s.volume]; ok {
-			return timely(s.volume, filesystem.Sync(ctx, at))
+			return timely(s.volume, filesystem.Sync(ctx, at.Path))
 		}
 		return s.device.Flush()
 	}); err != nil {
@@ -126,13 +127,13 @@ func (e *Engine) hold(ctx context.Context, subjects []subject, alone bool) (_ *h
 }
 
 // freeze freezes the filesystems, all at once, and starts the clock.
-func (h *hold) freeze(ctx context.Context, subjects []subject, mounts map[string]string) error {
+func (h *hold) freeze(ctx context.Context, subjects []subject, mounts map[string]filesystem.MountPoint) error {
 	if err := each(subjects, func(s subject) error {
 		at, ok := mounts[s.volume]
-		if !ok {
+		if !ok || h.alone && filesystem.Type(at.Type).HarmedByThaw() {
 			return nil
 		}
-		thaw, err := h.engine.freeze(ctx, s.volume, at)
+		thaw, err := h.engine.freeze(ctx, s.volume, at.Path)
 		switch {
 		case err == nil:
 			return h.onRelease(thaw)

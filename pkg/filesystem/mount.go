@@ -27,10 +27,27 @@ import (
 //
 // When ctx ends, nothing gets mounted any more.
 func Mount(ctx context.Context, device, target string, t Type, options []string, readOnly bool) error {
-	what := fmt.Sprintf("mount %s of %s at %s", t, device, target)
+	mount, err := MountDetached(ctx, device, t, options, readOnly)
+	if err != nil {
+		return err
+	}
+	defer mount.Close()
+	return mount.Attach(target)
+}
+
+// Detached is a mount that is nowhere yet (fsmount(2)).
+type Detached struct {
+	fd   int
+	what string
+}
+
+// MountDetached is [Mount] without the last step: nobody sees the filesystem
+// until it is attached, and a process that dies before has not mounted it.
+func MountDetached(ctx context.Context, device string, t Type, options []string, readOnly bool) (*Detached, error) {
+	what := fmt.Sprintf("mount %s of %s", t, device)
 	attributes, parameters, err := parseMountOptions(options)
 	if err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+		return nil, fmt.Errorf("%s: %w", what, err)
 	}
 	if t == XFS {
 		parameters = append(parameters, parameter{key: "nouuid", isFlag: true})
@@ -39,23 +56,29 @@ func Mount(ctx context.Context, device, target string, t Type, options []string,
 		attributes |= unix.MOUNT_ATTR_RDONLY
 		parameters = append(parameters, parameter{key: "ro", isFlag: true})
 	}
-	detached, err := within(ctx, what, func() (int, error) {
-		return mountDetached(device, t, parameters, attributes)
+	fd, err := within(ctx, what, func() (int, error) {
+		return fsmount(device, t, parameters, attributes)
 	}, func(fd int) { unix.Close(fd) })
 	if err != nil {
-		return err
+		return nil, err
 	}
-	defer unix.Close(detached)
-	if err := attach(detached, target); err != nil {
-		return fmt.Errorf("%s: %w", what, err)
+	return &Detached{fd, what}, nil
+}
+
+// Attach has the filesystem appear at a directory, as [Mount] describes it.
+func (d *Detached) Attach(target string) error {
+	if err := attach(d.fd, target); err != nil {
+		return fmt.Errorf("%s at %s: %w", d.what, target, err)
 	}
 	return nil
 }
 
-// mountDetached makes a mount that is nowhere yet, and that goes away if its
-// file descriptor is closed before it is attached: fsopen(2), fsconfig(2),
-// fsmount(2).
-func mountDetached(device string, t Type, parameters []parameter, attributes int) (int, error) {
+// Close unmounts the filesystem, unless it was attached.
+func (d *Detached) Close() { unix.Close(d.fd) }
+
+// fsmount makes a mount that goes away if its file descriptor is closed before
+// it is attached: fsopen(2), fsconfig(2), fsmount(2).
+func fsmount(device string, t Type, parameters []parameter, attributes int) (int, error) {
 	fd, err := unix.Fsopen(string(t), unix.FSOPEN_CLOEXEC)
 	if errors.Is(err, unix.ENODEV) {
 		return -1, fmt.Errorf("this kernel has no %s, built in or as a module: %w", t, err)

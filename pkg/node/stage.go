@@ -160,26 +160,53 @@ func attachAndMount(ctx context.Context, engine pool.Engine, v pool.Volume, path
 			return err
 		}
 	}
-	device, err := engine.Attach(ctx, v.Name, false)
-	if err != nil {
+	var device pool.Device
+	err = both(func() (err error) {
+		device, err = engine.Attach(ctx, v.Name, false)
 		return err
-	}
+	}, func() error { return beginFormat(ctx, engine, v) })
 	defer func() {
-		if err != nil {
+		if err != nil && device.Path != "" {
 			err = errors.Join(err, engine.Detach(context.WithoutCancel(ctx), v.Name, device))
 		}
 	}()
+	if err != nil {
+		return err
+	}
 	if err := prepare(ctx, engine, v, device.Path); err != nil {
 		return err
 	}
-	err = filesystem.Mount(ctx, device.Path, path, filesystem.Type(v.Filesystem), flags, readOnly)
-	if errors.Is(err, filesystem.ErrOption) {
-		return pool.Errorf(pool.ErrInvalid, "volume_capability.mount.mount_flags: %w", err)
+	// The record says what is on the volume before anybody can write to it.
+	var mount *filesystem.Detached
+	err = both(func() (err error) {
+		mount, err = filesystem.MountDetached(ctx, device.Path, filesystem.Type(v.Filesystem), flags, readOnly)
+		return asOption(err)
+	}, func() error { return engine.SetContent(ctx, v.Name, pool.ContentFilesystem) })
+	if mount != nil {
+		defer mount.Close()
+	}
+	if err == nil {
+		err = mount.Attach(path)
 	}
 	if err != nil {
 		return asDamage(fmt.Errorf("mounting volume %s: %w", v.ID, err))
 	}
 	return nil
+}
+
+// both does two things at once, and gives the errors of both.
+func both(one, other func() error) error {
+	done := make(chan error, 1)
+	go func() { done <- other() }()
+	return errors.Join(one(), <-done)
+}
+
+// asOption gives an option that the kernel refuses its kind.
+func asOption(err error) error {
+	if errors.Is(err, filesystem.ErrOption) {
+		return pool.Errorf(pool.ErrInvalid, "volume_capability.mount.mount_flags: %w", err)
+	}
+	return err
 }
 
 // asDamage gives a filesystem that only a human may mend its kind.
@@ -199,14 +226,13 @@ func zeroAgain(ctx context.Context, engine pool.Engine, v pool.Volume) error {
 	return engine.Zero(ctx, v.Name)
 }
 
-// prepare makes sure that there is a filesystem to mount on the device, and
-// that the volume's record says so before anybody can write to it.
+// prepare makes sure that there is a filesystem to mount on the device.
 func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device string) error {
 	fsType := filesystem.Type(v.Filesystem)
 	switch v.Content {
 	case pool.ContentEmpty, pool.ContentFormatting:
-		if err := format(ctx, engine, v, device); err != nil {
-			return err
+		if err := filesystem.Make(ctx, device, fsType, strings.Fields(v.MkfsOptions)); err != nil {
+			return fmt.Errorf("formatting volume %s: %w", v.ID, err)
 		}
 	default:
 		if err := mustHave(device, v); err != nil {
@@ -229,7 +255,7 @@ func prepare(ctx context.Context, engine pool.Engine, v pool.Volume, device stri
 			return asDamage(fmt.Errorf("growing the filesystem of volume %s: %w", v.ID, err))
 		}
 	}
-	return engine.SetContent(ctx, v.Name, pool.ContentFilesystem)
+	return nil
 }
 
 // growUnmounted makes a filesystem as large as its device where that cannot be
@@ -249,9 +275,13 @@ func growUnmounted(ctx context.Context, engine pool.Engine, v pool.Volume, devic
 	return filesystem.GrowUnmounted(ctx, device)
 }
 
-// format makes a volume's filesystem on what is provably blank: an image that
-// was never written, or that zeroAgain has zeroed.
-func format(ctx context.Context, engine pool.Engine, v pool.Volume, device string) error {
+// beginFormat refuses to make a filesystem on what is not provably blank: an image
+// that was never written, or that zeroAgain has zeroed. Otherwise it records that
+// one is made.
+func beginFormat(ctx context.Context, engine pool.Engine, v pool.Volume) error {
+	if v.Content != pool.ContentEmpty && v.Content != pool.ContentFormatting {
+		return nil
+	}
 	blank, err := engine.Blank(v.Name)
 	if err != nil {
 		return err
@@ -259,13 +289,7 @@ func format(ctx context.Context, engine pool.Engine, v pool.Volume, device strin
 	if !blank {
 		return pool.Errorf(pool.ErrPrecondition, "volume %s has data on it that the driver did not write; it was not formatted", v.ID)
 	}
-	if err := engine.SetContent(ctx, v.Name, pool.ContentFormatting); err != nil {
-		return err
-	}
-	if err := filesystem.Make(ctx, device, filesystem.Type(v.Filesystem), strings.Fields(v.MkfsOptions)); err != nil {
-		return fmt.Errorf("formatting volume %s: %w", v.ID, err)
-	}
-	return nil
+	return engine.SetContent(ctx, v.Name, pool.ContentFormatting)
 }
 
 // mustHave refuses a device that has not the filesystem that the volume should

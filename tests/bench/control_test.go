@@ -249,6 +249,33 @@ func BenchmarkCall(b *testing.B) {
 	}
 }
 
+// BenchmarkManyVolumes sets each call beside many volumes against the same beside
+// few, which are another driver's, in turns.
+func BenchmarkManyVolumes(b *testing.B) {
+	beside := []*population{populate(b, 10, 2), populate(b, pick(10_000, 1000), 2)}
+	for _, o := range operations {
+		b.Run(o.name, func(b *testing.B) {
+			took := make([][]time.Duration, len(beside))
+			for turn := range b.N {
+				for i := range beside {
+					at := (i + turn) % len(beside)
+					do, undo, err := o.prepare(beside[at])
+					must(b, err)
+					begin := time.Now()
+					must(b, do())
+					took[at] = append(took[at], time.Since(begin))
+					must(b, undo())
+				}
+			}
+			few, many := quantile(took[0], 0.5), quantile(took[1], 0.5)
+			b.ReportMetric(ms(few), "few-p50-ms")
+			b.ReportMetric(ms(many), "many-p50-ms")
+			b.ReportMetric(float64(many)/float64(few), "many/few")
+			b.ReportMetric(0, "ns/op")
+		})
+	}
+}
+
 // BenchmarkCallInUse measures each call beside few and many volumes that are in
 // use, which the kernel knows loop devices and mounts of.
 func BenchmarkCallInUse(b *testing.B) {

@@ -31,12 +31,13 @@ type part struct {
 
 var parts = []part{
 	{"^BenchmarkCall$", 60, 10},
+	{"^BenchmarkManyVolumes$", 200, 30},
 	{"^BenchmarkCallInUse$", 60, 0},
 	{"^BenchmarkFootprint$", 3, 1},
-	{"^BenchmarkStage$", 11, 3},
+	{"^BenchmarkStage$", 21, 3},
 	{"^BenchmarkSnapshotOfLiveVolume$", 7, 3},
-	{"^BenchmarkBlockVolume$", 5, 2},
-	{"^BenchmarkFilesystemVolume$", 5, 2},
+	{"^BenchmarkBlockVolume$", 7, 2},
+	{"^BenchmarkFilesystemVolume$", 7, 2},
 	{"^BenchmarkFirstWrite$", 3, 1},
 	{"^BenchmarkAfterSnapshots$", 3, 1},
 	{"^BenchmarkRouter$", 30, 10},

@@ -33,6 +33,8 @@ func (r run) document(dir string) error {
 		"stage":       r.stage,
 		"pause":       r.pause,
 		"data":        r.data,
+		"filesystems": r.filesystems,
+		"grown":       r.grown,
 		"firstWrite":  r.firstWrite,
 		"snapshotted": r.snapshotted,
 		"router":      r.router,
@@ -133,10 +135,10 @@ func (r run) stage() string {
 	for _, fs := range []string{"ext4", "xfs"} {
 		for _, size := range []string{"1", "1024"} {
 			name := "Stage/" + fs + "/size=" + size + "GiB"
-			lines = append(lines, []string{fs + ", " + size + " GiB", r.value(name, "stage-ms", 1), r.value(name, "by-hand-ms", 1), r.spread(name, "of-by-hand"), r.value(name, "disk-of-by-hand", 3)})
+			lines = append(lines, []string{fs + ", " + size + " GiB", r.value(name, "stage-ms", 1), r.value(name, "by-hand-ms", 1), r.spread(name, "of-by-hand"), r.value(name, "records-ms", 1), r.spread(name, "of-by-hand-recorded"), r.value(name, "disk-of-by-hand", 3)})
 		}
 	}
-	return table([]string{"", "NodeStageVolume, ms", "by hand, ms", "ratio", "disk taken, ratio"}, lines)
+	return table([]string{"", "NodeStageVolume, ms", "by hand, ms", "ratio", "two records, synced, ms", "ratio to by hand and them", "disk taken, ratio"}, lines)
 }
 
 func (r run) pause() string {
@@ -157,10 +159,29 @@ func (r run) data() string {
 		block := "BlockVolume/" + row
 		lines = append(lines, []string{
 			row, r.spread(block, "thin/loop"), r.spread(block, "thick/loop"), r.spread(block, "loop-again/loop"), r.spread(block, "thin/file"), r.spread(block, "loop/file"),
-			r.spread("FilesystemVolume/ext4/"+row, "thin/loop"), r.spread("FilesystemVolume/xfs/"+row, "thin/loop"),
 		})
 	}
-	return table([]string{"", "block, thin / loop", "block, thick / loop", "a second loop / loop", "block, thin / file", "loop / file", "ext4 volume / ext4 on loop", "XFS volume / XFS on loop"}, lines)
+	return table([]string{"", "block, thin / loop", "block, thick / loop", "a second loop / loop", "block, thin / file", "loop / file"}, lines)
+}
+
+func (r run) filesystems() string {
+	var lines [][]string
+	for _, row := range rows {
+		ext4, xfs := "FilesystemVolume/ext4/"+row, "FilesystemVolume/xfs/"+row
+		lines = append(lines, []string{
+			row, r.spread(ext4, "thin/loop"), r.spread(ext4, "loop-again/loop"), r.spread(xfs, "thin/loop"), r.spread(xfs, "loop-again/loop"),
+		})
+	}
+	return table([]string{"", "ext4 volume / ext4 on loop", "ext4 on a second loop / on loop", "XFS volume / XFS on loop", "XFS on a second loop / on loop"}, lines)
+}
+
+func (r run) grown() string {
+	var lines [][]string
+	for _, c := range calls {
+		name := "ManyVolumes/" + c
+		lines = append(lines, []string{c, r.value(name, "few-p50-ms", 2), r.value(name, "many-p50-ms", 2), r.value(name, "many/few", 2)})
+	}
+	return table([]string{"in turns, ms: p50", "10 volumes", "10,000", "ratio"}, lines)
 }
 
 func (r run) firstWrite() string {

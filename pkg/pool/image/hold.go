@@ -44,10 +44,9 @@ type subject struct {
 // hold keeps the writers of some volumes off.
 //
 // What has a filesystem is frozen: its writers wait, and all that it has in
-// memory is on the device; but for one that a thaw can harm, where it is cut
-// alone. For a raw device the kernel knows no such thing, so
-// the pods that have it are stopped, and its writes are counted: a group is only
-// cut if there was none.
+// memory is on the device. (One that a thaw can harm is not, where it is cut
+// alone.) For a raw device the kernel knows no such thing, so the pods that have it
+// are stopped, and its writes are counted: a group is only cut if there was none.
 type hold struct {
 	engine *Engine
 	alone  bool // the volumes are cut for themselves, each

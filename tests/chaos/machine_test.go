@@ -105,7 +105,7 @@ func (m *machine) thaw(t *testing.T) {
 		if err != nil || !strings.HasPrefix(string(backing), m.pool+"/") || mounted[device] {
 			continue
 		}
-		for kind, options := range map[string]string{"ext4": "", "xfs": "nouuid"} {
+		for kind, options := range map[string]string{"ext4": "", "xfs": "nouuid", "btrfs": ""} {
 			if unix.Mount(device, dir, kind, 0, options) == nil {
 				_, _ = filesystem.Thaw(dir)
 				if err := unix.Unmount(dir, 0); err != nil {

@@ -21,6 +21,7 @@ const (
 	Block Kind = "block"
 	Ext4  Kind = "ext4"
 	XFS   Kind = "xfs"
+	Btrfs Kind = "btrfs"
 )
 
 // Volume is a volume that was asked for.

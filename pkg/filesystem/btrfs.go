@@ -33,10 +33,12 @@ func RenewUUID(ctx context.Context, device string, t Type) error {
 	if t != Btrfs {
 		return nil
 	}
-	_, err := within(ctx, "renew the UUID of "+device, func() (struct{}, error) {
-		return struct{}{}, renewBtrfs(device)
-	}, nil)
-	return err
+	return Patiently(ctx, func() error {
+		_, err := within(ctx, "renew the UUID of "+device, func() (struct{}, error) {
+			return struct{}{}, renewBtrfs(device)
+		}, nil)
+		return err
+	})
 }
 
 // Where the copies of a btrfs superblock are, as far as the device reaches. The

@@ -19,9 +19,9 @@ import (
 //
 // An option that the kernel refuses is ErrOption, unless it does so only when
 // it sees the superblock (some combinations of options; all of them with btrfs
-// before Linux 6.8). A device that something else holds, or an ext4 or XFS that
-// is mounted writable where read-only is wanted or the other way round, is
-// ErrBusy; what the kernel finds corrupt is ErrDamaged; a device without any of
+// before Linux 6.8). A device that something else holds for more than a second, or
+// an ext4 or XFS that is mounted writable where read-only is wanted or the other
+// way round, is ErrBusy; what the kernel finds corrupt is ErrDamaged; a device without any of
 // the three filesystems is ErrNone. The error has the kernel's own words, also
 // those that it writes only to its log.
 //
@@ -56,9 +56,13 @@ func MountDetached(ctx context.Context, device string, t Type, options []string,
 		attributes |= unix.MOUNT_ATTR_RDONLY
 		parameters = append(parameters, parameter{key: "ro", isFlag: true})
 	}
-	fd, err := within(ctx, what, func() (int, error) {
-		return fsmount(device, t, parameters, attributes)
-	}, func(fd int) { unix.Close(fd) })
+	var fd int
+	err = Patiently(ctx, func() (err error) {
+		fd, err = within(ctx, what, func() (int, error) {
+			return fsmount(device, t, parameters, attributes)
+		}, func(fd int) { unix.Close(fd) })
+		return err
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -209,26 +213,28 @@ func attach(mount int, target string) error {
 
 // Unmount unmounts what is topmost at target; what may be beneath is uncovered.
 // Where nothing is mounted, or nothing is at all, it does nothing. A filesystem
-// in use is ErrBusy. When ctx ends before the kernel is done, the unmounting
-// goes on.
+// in use is ErrBusy, also if it is so for a moment only: see [Patiently]. When ctx
+// ends before the kernel is done, the unmounting goes on.
 //
 // One that was left frozen is unmounted and yet keeps its device, until it is
 // mounted again and thawed: [Thaw] it first.
 func Unmount(ctx context.Context, target string) error {
-	_, err := within(ctx, "unmount "+target, func() (struct{}, error) {
-		err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
-		switch {
-		case errors.Is(err, unix.ENOENT):
-			return struct{}{}, nil
-		case errors.Is(err, unix.EBUSY):
-			return struct{}{}, fmt.Errorf("%w: %w", ErrBusy, err)
-		case errors.Is(err, unix.EINVAL):
-			// Not a mount point, or one that this process may not unmount.
-			if _, rootErr := mountID(target); errors.Is(rootErr, ErrNotMounted) {
-				return struct{}{}, nil
-			}
+	_, err := within(ctx, "unmount "+target, func() (struct{}, error) { return struct{}{}, unmount(target) }, nil)
+	return err
+}
+
+func unmount(target string) error {
+	err := unix.Unmount(target, unix.UMOUNT_NOFOLLOW)
+	switch {
+	case errors.Is(err, unix.ENOENT):
+		return nil
+	case errors.Is(err, unix.EBUSY):
+		return fmt.Errorf("%w: %w", ErrBusy, err)
+	case errors.Is(err, unix.EINVAL):
+		// Not a mount point, or one that this process may not unmount.
+		if _, rootErr := mountID(target); errors.Is(rootErr, ErrNotMounted) {
+			return nil
 		}
-		return struct{}{}, err
-	}, nil)
+	}
 	return err
 }

@@ -6,10 +6,13 @@ import (
 	"context"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -435,5 +438,54 @@ func wantUses(t *testing.T, d device, want ...string) {
 	slices.Sort(want)
 	if !slices.Equal(got, want) {
 		t.Errorf("uses of %s: %q, want %q", d.path, got, want)
+	}
+}
+
+// Who holds a device for a moment, to look at it, is waited for.
+func TestADeviceThatIsHeldForAMomentIsWaitedFor(t *testing.T) {
+	eachType(t, func(t *testing.T, fs Type) {
+		d := made(t, fs, roomy)
+		hold := func() (letGo chan error) {
+			fd, err := unix.Open(d.path, unix.O_RDWR|unix.O_EXCL, 0)
+			must(t, err)
+			letGo = make(chan error, 1)
+			time.AfterFunc(100*time.Millisecond, func() { letGo <- unix.Close(fd) })
+			return letGo
+		}
+		letGo := hold()
+		must(t, RenewUUID(soon(t), d.path, fs))
+		must(t, <-letGo)
+		letGo = hold()
+		d.mounted(t, fs)
+		must(t, <-letGo)
+	})
+}
+
+// A child that begins to run a program has open for a moment what this process
+// has, and keeps a device claimed and a mount busy.
+func TestACopyIsMountedWhateverElseIsRun(t *testing.T) {
+	d := made(t, Btrfs, roomy)
+	target := t.TempDir()
+	unmountAfter(t, target)
+	stop := make(chan struct{})
+	var running sync.WaitGroup
+	for range 4 {
+		running.Go(func() {
+			for {
+				select {
+				case <-stop:
+					return
+				default:
+					_ = exec.Command("true").Run()
+				}
+			}
+		})
+	}
+	defer running.Wait()
+	defer close(stop)
+	for range 100 {
+		must(t, RenewUUID(soon(t), d.path, Btrfs))
+		must(t, Mount(soon(t), d.path, target, Btrfs, nil, false))
+		must(t, Patiently(soon(t), func() error { return Unmount(soon(t), target) }))
 	}
 }

@@ -180,7 +180,8 @@ func removeEmpty(path string) error {
 // unmount takes everything away that is mounted at a path for a volume.
 func unmount(ctx context.Context, here []use, path string) error {
 	for range here {
-		if err := filesystem.Unmount(ctx, path); err != nil {
+		err := filesystem.Patiently(ctx, func() error { return filesystem.Unmount(ctx, path) })
+		if err != nil {
 			if errors.Is(err, filesystem.ErrBusy) {
 				return pool.Errorf(pool.ErrInUse, "%w: a process has a file or its working directory there", err)
 			}

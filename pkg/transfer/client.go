@@ -35,7 +35,7 @@ func (c *Copy) Remote(ctx context.Context) (remote *pool.Remote, done func(), er
 	if c.copies.options.Dial == nil {
 		return nil, nil, pool.Errorf(pool.ErrPrecondition, "the source is on %s, and this node has no connection to others: it needs --peer-address", c.from)
 	}
-	order := c.order
+	order := c.latest()
 	connection, err := c.copies.options.Dial(order.GetNode(), order.GetAddress())
 	if err != nil {
 		return nil, nil, err
@@ -138,10 +138,7 @@ func (s *source) next(behind int64) (pool.Piece, error) {
 func (c *Copy) read(ctx context.Context, client peerapi.CopiesClient, created, offset int64, yield func(pool.Piece, error) bool) {
 	pause, corrupt := firstPause, 0
 	for {
-		c.mu.Lock()
-		order := c.order
-		c.mu.Unlock()
-		at, wanted, err := c.stream(ctx, client, order, created, offset, yield)
+		at, wanted, err := c.stream(ctx, client, c.latest(), created, offset, yield)
 		if err == nil || !wanted {
 			return
 		}

@@ -149,8 +149,22 @@ func copied(t *testing.T, calls ...reply) (got []byte, g *giver, err error) {
 			return d.DialContext(ctx, "tcp", forBytes.Addr().String())
 		},
 	})
-	ctx, one, end := copies.Begin(t.Context(), "volume", "node-1", &peerapi.CopyOrder{Node: "node-1", Address: forCalls.Addr().String(), SnapshotId: "s"})
+	order := func() *peerapi.CopyOrder {
+		return &peerapi.CopyOrder{Node: "node-1", Address: forCalls.Addr().String(), SnapshotId: "s"}
+	}
+	ctx, one, end := copies.Begin(t.Context(), "volume", "node-1", order())
 	defer func() { end(err) }()
+	var asking sync.WaitGroup
+	defer asking.Wait()
+	over, stop := context.WithCancel(t.Context())
+	defer stop()
+	asking.Go(func() { // the orchestrator repeats its call, each time with a new ticket
+		for over.Err() == nil {
+			if err := copies.Ask("volume", order()); !errors.Is(err, pool.ErrBusy) {
+				t.Errorf("asked for a volume on its way: %v", err)
+			}
+		}
+	})
 	remote, done, err := one.Remote(ctx)
 	if err != nil {
 		return nil, g, err

@@ -140,6 +140,13 @@ func (c *Copies) Ask(requestName string, order *peerapi.CopyOrder) error {
 	return one.progress()
 }
 
+// latest is the order of the call that asked last.
+func (c *Copy) latest() *peerapi.CopyOrder {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.order
+}
+
 // Progress tells how far the volume of that name is, as pool.ErrBusy; nil if it
 // is not on its way. To look is not to ask for it.
 func (c *Copies) Progress(name string) error {

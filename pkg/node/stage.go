@@ -160,11 +160,22 @@ func attachAndMount(ctx context.Context, engine pool.Engine, v pool.Volume, path
 			return err
 		}
 	}
+	formats := v.Content == pool.ContentEmpty || v.Content == pool.ContentFormatting
+	if formats {
+		if err := mustBeBlank(engine, v); err != nil {
+			return err
+		}
+	}
 	var device pool.Device
 	err = both(func() (err error) {
 		device, err = engine.Attach(ctx, v.Name, false)
 		return err
-	}, func() error { return beginFormat(ctx, engine, v) })
+	}, func() error {
+		if !formats {
+			return nil
+		}
+		return engine.SetContent(ctx, v.Name, pool.ContentFormatting)
+	})
 	defer func() {
 		if err != nil && device.Path != "" {
 			err = errors.Join(err, engine.Detach(context.WithoutCancel(ctx), v.Name, device))
@@ -275,13 +286,9 @@ func growUnmounted(ctx context.Context, engine pool.Engine, v pool.Volume, devic
 	return filesystem.GrowUnmounted(ctx, device)
 }
 
-// beginFormat refuses to make a filesystem on what is not provably blank: an image
-// that was never written, or that zeroAgain has zeroed. Otherwise it records that
-// one is made.
-func beginFormat(ctx context.Context, engine pool.Engine, v pool.Volume) error {
-	if v.Content != pool.ContentEmpty && v.Content != pool.ContentFormatting {
-		return nil
-	}
+// mustBeBlank refuses to make a filesystem on what is not provably blank: an image
+// that was never written, or that zeroAgain has zeroed.
+func mustBeBlank(engine pool.Engine, v pool.Volume) error {
 	blank, err := engine.Blank(v.Name)
 	if err != nil {
 		return err
@@ -289,7 +296,7 @@ func beginFormat(ctx context.Context, engine pool.Engine, v pool.Volume) error {
 	if !blank {
 		return pool.Errorf(pool.ErrPrecondition, "volume %s has data on it that the driver did not write; it was not formatted", v.ID)
 	}
-	return engine.SetContent(ctx, v.Name, pool.ContentFormatting)
+	return nil
 }
 
 // mustHave refuses a device that has not the filesystem that the volume should

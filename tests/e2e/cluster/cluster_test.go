@@ -62,7 +62,7 @@ func TestNetworkClashesWithNothing(t *testing.T) {
 // another of them or in its filesystem, and no others are.
 func TestLoopDevicesOfADirectoryAreDetached(t *testing.T) {
 	if os.Geteuid() != 0 {
-		t.Skip("needs root")
+		t.Fatal("this needs root, as all of make e2e does")
 	}
 	run := func(name string, args ...string) string {
 		out, err := exec.CommandContext(t.Context(), name, args...).CombinedOutput()

@@ -36,7 +36,7 @@ var mutants = []struct {
 	{
 		"a restore is of the volume as it is now, not of the snapshot", "pool/image/volume.go",
 		"return &origin{path.Join(snapshotsDir, s.Name)", "return &origin{path.Join(volumesDir, path.Base(s.SourceID))",
-		nil, "TestOneMachine", `its data: |the source's image`, true,
+		nil, "TestOneMachine", `its data: |the source's image|has data on it that the driver did not write|mount (ext4|xfs|btrfs) of`, true,
 	},
 	{
 		"a volume that is unstaged stays attached", "node/stage.go",

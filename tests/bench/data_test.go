@@ -7,6 +7,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -87,15 +88,18 @@ func (at target) fill(b *testing.B) {
 }
 
 // inTurns runs rows on targets in turns, and tells for each the median of the
-// ratios to each of the references, which are the first targets; so many.
+// ratios to each of the references, which are the first targets; so many. The order
+// is another one in each turn, so that none has always the same one before it, and
+// what that has left to be written is written before.
 func inTurns(b *testing.B, rows []row, references int, targets ...target) {
 	b.Helper()
+	order := rand.New(rand.NewPCG(1, 1))
 	for _, r := range rows {
 		b.Run(r.name, func(b *testing.B) {
 			speeds := make([][]float64, len(targets))
-			for turn := range b.N {
-				for i := range targets {
-					at := (i + turn) % len(targets) // each is the first at times
+			for range b.N {
+				for _, at := range order.Perm(len(targets)) {
+					unix.Sync()
 					speeds[at] = append(speeds[at], r.fio(b, targets[at], timed()...))
 				}
 			}

@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"runtime"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -18,23 +19,45 @@ type machine struct {
 	MemoryGiB  int    `json:"memoryGiB"`
 	Kernel     string `json:"kernel"`
 	Filesystem string `json:"filesystem"` // below the pools' image files
-	Load       string `json:"load"`       // average of a minute, before anything was measured
 	Tools      string `json:"tools"`
 	Go         string `json:"go"`
-	Commit     string `json:"commit"`
-	DriverSize int64  `json:"driverSize"` // bytes; 0 if there is none
-	ImageSize  string `json:"imageSize"`  // of the container image; empty if there is none
 }
 
-func describe(driver string) machine {
+// session is when, where and of what benchmarks were run in one go.
+type session struct {
+	Machine    machine   `json:"machine"`
+	Began      time.Time `json:"began"`
+	Load       string    `json:"load"` // average of a minute, before anything was measured
+	Commit     string    `json:"commit"`
+	DriverSize int64     `json:"driverSize"` // bytes; 0 if there is none
+	ImageSize  string    `json:"imageSize"`  // of the container image; empty if there is none
+}
+
+// sessionKey is what a line with a session, as JSON, begins with. Those who read
+// benchmarks take it for a line of configuration.
+const sessionKey = "session: "
+
+// begin is a session that begins now; driver is the path of the driver as it is
+// released.
+func begin(driver string) session {
+	s := session{Machine: describe(), Began: time.Now().UTC().Truncate(time.Second)}
+	if text, err := os.ReadFile("/proc/loadavg"); err == nil {
+		s.Load, _, _ = strings.Cut(string(text), " ")
+	}
+	s.Commit = firstLine("git", "describe", "--tags", "--always", "--dirty")
+	if info, err := os.Stat(driver); err == nil {
+		s.DriverSize = info.Size()
+		s.ImageSize = firstLine("buildah", "images", "--format", "{{.Size}}", "csi-driver:"+s.Commit)
+	}
+	return s
+}
+
+func describe() machine {
 	m := machine{Processors: runtime.NumCPU(), Go: runtime.Version(), Kernel: "Linux"}
 	m.Processor = after("/proc/cpuinfo", "model name")
 	var kb int
 	_, _ = fmt.Sscanf(after("/proc/meminfo", "MemTotal"), "%d", &kb)
 	m.MemoryGiB = (kb + 1<<19) >> 20
-	if text, err := os.ReadFile("/proc/loadavg"); err == nil {
-		m.Load, _, _ = strings.Cut(string(text), " ")
-	}
 	var name unix.Utsname
 	if unix.Uname(&name) == nil {
 		m.Kernel = "Linux " + unix.ByteSliceToString(name.Release[:])
@@ -46,11 +69,6 @@ func describe(driver string) machine {
 		}[int64(fs.Type)]
 	}
 	m.Tools = strings.Join([]string{firstLine("mkfs.ext4", "-V"), firstLine("mkfs.xfs", "-V"), firstLine("fio", "--version")}, ", ")
-	m.Commit = firstLine("git", "describe", "--tags", "--always", "--dirty")
-	if info, err := os.Stat(driver); err == nil {
-		m.DriverSize = info.Size()
-		m.ImageSize = firstLine("buildah", "images", "--format", "{{.Size}}", "csi-driver:"+m.Commit)
-	}
 	return m
 }
 

@@ -5,7 +5,6 @@ package main
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/json"
 	"errors"
 	"flag"
@@ -36,8 +35,8 @@ var parts = []part{
 	{"^BenchmarkFootprint$", 3, 1},
 	{"^BenchmarkStage$", 21, 3},
 	{"^BenchmarkSnapshotOfLiveVolume$", 7, 3},
-	{"^BenchmarkBlockVolume$", 7, 2},
-	{"^BenchmarkFilesystemVolume$", 7, 2},
+	{"^BenchmarkBlockVolume$", 21, 2},
+	{"^BenchmarkFilesystemVolume$", 21, 2},
 	{"^BenchmarkFirstWrite$", 3, 1},
 	{"^BenchmarkAfterSnapshots$", 3, 1},
 	{"^BenchmarkRouter$", 30, 10},
@@ -48,6 +47,7 @@ var parts = []part{
 // result is one benchmark.
 type result struct {
 	Name    string             `json:"name"` // without "Benchmark" and the number of processors
+	Session int                `json:"session"`
 	Rounds  int                `json:"rounds"`
 	Metrics map[string]float64 `json:"metrics"` // by unit
 }
@@ -64,12 +64,11 @@ func (one result) line() string {
 	return text.String()
 }
 
-// run is all that is known of one run.
+// run is all that is known of what was measured. There is more than one session if
+// some of it was measured again.
 type run struct {
-	Machine machine   `json:"machine"`
-	Began   time.Time `json:"began"`
-	Took    string    `json:"took"`
-	Results []result  `json:"results"`
+	Sessions []session `json:"sessions"`
+	Results  []result  `json:"results"`
 }
 
 func main() {
@@ -91,21 +90,22 @@ func mainErr() error {
 	if err := os.MkdirAll(*out, 0o750); err != nil {
 		return err
 	}
-	r := run{Machine: describe(*driver), Began: time.Now().UTC()}
 	written := filepath.Join(*out, "bench.txt")
 	source := written
 	var failure error // what was measured is told of nevertheless
 	if *from != "" {
 		source = *from
 	} else {
-		failure = measure(*quick, *only, written, *add)
+		failure = begin(*driver).measure(*quick, *only, written, *add)
 	}
 	text, err := os.ReadFile(source)
 	if err != nil {
 		return firstOf(failure, err)
 	}
-	r.Took = time.Since(r.Began).Round(time.Second).String()
-	r.Results = parse(text)
+	r, err := parse(text)
+	if err != nil {
+		return firstOf(failure, fmt.Errorf("%s: %w", source, err))
+	}
 	if len(r.Results) == 0 {
 		return firstOf(failure, errors.New("no benchmark told anything"))
 	}
@@ -128,9 +128,9 @@ func firstOf(errs ...error) error {
 	return nil
 }
 
-// measure runs the benchmarks and writes to a file all that they write. One that
-// fails is told of in the end.
-func measure(quick bool, only, to string, add bool) (err error) {
+// measure runs the benchmarks and writes to a file the session and all that they
+// write. One that fails is told of in the end.
+func (s session) measure(quick bool, only, to string, add bool) (err error) {
 	mode := os.O_WRONLY | os.O_CREATE | os.O_TRUNC
 	if add {
 		mode = os.O_WRONLY | os.O_CREATE | os.O_APPEND
@@ -140,6 +140,13 @@ func measure(quick bool, only, to string, add bool) (err error) {
 		return err
 	}
 	defer written.Close()
+	head, err := json.Marshal(s)
+	if err != nil {
+		return err
+	}
+	if _, err := fmt.Fprintf(written, "%s%s\n", sessionKey, head); err != nil {
+		return err
+	}
 	for _, p := range parts {
 		rounds := p.whole
 		if quick {
@@ -184,24 +191,39 @@ func (p part) run(rounds int, quick bool, written io.Writer) error {
 	return firstOf(lines.Err(), cmd.Wait())
 }
 
-// parse reads what benchmarks write. Of a benchmark that is there twice the
-// latter counts.
-func parse(text []byte) []result {
-	var results []result
+// parse reads what measure wrote. Of a benchmark that is there twice the latter
+// counts.
+func parse(text []byte) (run, error) {
+	var r run
 	at := map[string]int{}
-	for line := range bytes.Lines(text) {
-		one, ok := parseLine(string(line))
+	for line := range strings.Lines(string(text)) {
+		if head, ok := strings.CutPrefix(line, sessionKey); ok {
+			var s session
+			if err := json.Unmarshal([]byte(head), &s); err != nil {
+				return run{}, fmt.Errorf("reading a session: %w", err)
+			}
+			if len(r.Sessions) > 0 && s.Machine != r.Sessions[0].Machine {
+				return run{}, fmt.Errorf("some was measured on %+v, and some on %+v; measure all anew", r.Sessions[0].Machine, s.Machine)
+			}
+			r.Sessions = append(r.Sessions, s)
+			continue
+		}
+		one, ok := parseLine(line)
 		if !ok {
 			continue
 		}
+		if len(r.Sessions) == 0 {
+			return run{}, fmt.Errorf("%s is of no session; measure all anew", one.Name)
+		}
+		one.Session = len(r.Sessions) - 1
 		if i, again := at[one.Name]; again {
-			results[i] = one
+			r.Results[i] = one
 			continue
 		}
-		at[one.Name] = len(results)
-		results = append(results, one)
+		at[one.Name] = len(r.Results)
+		r.Results = append(r.Results, one)
 	}
-	return results
+	return r, nil
 }
 
 // parseLine reads one line: "BenchmarkName-8  100  1.5 unit  2 unit"

@@ -39,8 +39,8 @@ func (r run) document(dir string) error {
 		"snapshotted": r.snapshotted,
 		"router":      r.router,
 		"targets":     r.targets,
+		"sessions":    r.sessions,
 		"value":       func(name, unit string, digits int) string { return r.value(name, unit, digits) },
-		"MiB":         func(n int64) string { return fmt.Sprintf("%.1f MiB", float64(n)/(1<<20)) },
 	}).Parse(page)
 	if err != nil {
 		return err
@@ -53,6 +53,35 @@ func (r run) document(dir string) error {
 		os.WriteFile(filepath.Join(dir, "benchmarks.md"), []byte(text.String()), 0o644),
 		os.WriteFile(filepath.Join(dir, "benchmarks.svg"), []byte(r.plot()), 0o644),
 	)
+}
+
+// Machine is where all was measured.
+func (r run) Machine() machine { return r.Sessions[0].Machine }
+
+// sessions tells when and of what it was measured.
+func (r run) sessions() string {
+	var lines [][]string
+	for i, s := range r.Sessions {
+		var names []string
+		for _, one := range r.Results {
+			name, _, _ := strings.Cut(one.Name, "/")
+			if one.Session == i && !slices.Contains(names, name) {
+				names = append(names, name)
+			}
+		}
+		if len(names) == 0 {
+			continue // all of it was measured again
+		}
+		size := "-"
+		if s.DriverSize > 0 {
+			size = fmt.Sprintf("%.1f MiB", float64(s.DriverSize)/(1<<20))
+		}
+		if s.ImageSize != "" {
+			size += ", image " + s.ImageSize
+		}
+		lines = append(lines, []string{s.Began.Format("2006-01-02 15:04") + " UTC", s.Commit, size, s.Load, strings.Join(names, ", ")})
+	}
+	return table([]string{"begun", "commit", "driver", "load", "benchmarks"}, lines)
 }
 
 // value formats a metric; a dash is that it was not measured.

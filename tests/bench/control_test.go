@@ -222,6 +222,42 @@ func first(errs ...error) error {
 	return nil
 }
 
+// byHand makes the files of a volume on the pool's filesystem as the driver does,
+// and nothing else: in a directory beside others, synced, renamed to where others
+// are, and that synced.
+var byHand = operation{"by-hand", func(p *population) (do, undo func() error, err error) {
+	staging, volumes := filepath.Join(poolDir(p.Driver), "by-hand", "staging"), filepath.Join(poolDir(p.Driver), "by-hand", "volumes")
+	name := p.name()
+	do = func() error {
+		dir := filepath.Join(staging, name)
+		err := first(
+			os.Mkdir(dir, 0o700),
+			synced(filepath.Join(dir, "metadata"), os.O_WRONLY|os.O_CREATE, func(f *os.File) error {
+				_, err := f.Write(make([]byte, 512))
+				return err
+			}),
+			synced(filepath.Join(dir, "data"), os.O_WRONLY|os.O_CREATE, func(f *os.File) error { return f.Truncate(size) }),
+			synced(dir, os.O_RDONLY, nil))
+		return first(err, os.Rename(dir, filepath.Join(volumes, name)), synced(volumes, os.O_RDONLY, nil))
+	}
+	return do, func() error { return os.RemoveAll(filepath.Join(volumes, name)) }, first(os.MkdirAll(staging, 0o700), os.MkdirAll(volumes, 0o700))
+}}
+
+// synced opens something, does something with it, and brings it to stable storage.
+func synced(path string, flag int, do func(*os.File) error) error {
+	f, err := os.OpenFile(path, flag, 0o600)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if do != nil {
+		if err := do(f); err != nil {
+			return err
+		}
+	}
+	return f.Sync()
+}
+
 func syncedFile(dir string) error {
 	staged := filepath.Join(dir, "staged")
 	f, err := os.Create(staged)
@@ -299,21 +335,54 @@ func measureAll(b *testing.B, p *population, inFlight ...int) {
 
 func (o operation) measure(b *testing.B, p *population, inFlight int) {
 	b.Helper()
-	do, undo := make([]func() error, b.N), make([]func() error, b.N)
-	each(b, 8, b.N, func(i int) (err error) {
+	took, speed := o.run(b, p, inFlight, b.N)
+	reportLatency(b, took)
+	b.ReportMetric(speed, "calls/s")
+}
+
+// run makes so many calls, and tells what each took and how many there were in a
+// second.
+func (o operation) run(b *testing.B, p *population, inFlight, calls int) (took []time.Duration, speed float64) {
+	b.Helper()
+	do, undo := make([]func() error, calls), make([]func() error, calls)
+	each(b, 8, calls, func(i int) (err error) {
 		do[i], undo[i], err = o.prepare(p)
 		return err
 	})
-	took := make([]time.Duration, b.N)
-	b.ResetTimer()
-	each(b, inFlight, b.N, func(i int) error {
+	took = make([]time.Duration, calls)
+	begin := time.Now()
+	each(b, inFlight, calls, func(i int) error {
 		begin := time.Now()
 		err := do[i]()
 		took[i] = time.Since(begin)
 		return err
 	})
-	b.StopTimer()
-	reportLatency(b, took)
-	b.ReportMetric(float64(b.N)/b.Elapsed().Seconds(), "calls/s")
-	each(b, 8, b.N, func(i int) error { return undo[i]() })
+	speed = float64(calls) / time.Since(begin).Seconds()
+	each(b, 8, calls, func(i int) error { return undo[i]() })
+	return took, speed
+}
+
+// BenchmarkInFlight sets what many calls at once get done against one at a time,
+// in turns: for CreateVolume, for the same files made by hand, and for the syncs of
+// files that share no directory.
+func BenchmarkInFlight(b *testing.B) {
+	const many = 32
+	p := populate(b, 1000, 2)
+	measured := []operation{operations[0], operations[1], byHand}
+	speedup, against := make([][]float64, len(measured)), make([]float64, 0, b.N)
+	for turn := range b.N {
+		speed := make([]float64, len(measured))
+		for i := range measured {
+			at := (i + turn) % len(measured)
+			_, one := measured[at].run(b, p, 1, 2*many)
+			_, speed[at] = measured[at].run(b, p, many, 10*many)
+			speedup[at] = append(speedup[at], speed[at]/one)
+		}
+		against = append(against, speed[1]/speed[2])
+	}
+	for i, o := range measured {
+		reportRatio(b, speedup[i], fmt.Sprintf("%s-%d/1", o.name, many))
+	}
+	reportRatio(b, against, fmt.Sprintf("CreateVolume-%d/by-hand-%d", many, many))
+	b.ReportMetric(0, "ns/op")
 }

@@ -7,10 +7,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
@@ -49,15 +51,18 @@ var span = pick[int64](1<<30, 256<<20)
 // target is a device or a file that is measured.
 type target struct{ name, path string }
 
-// fio runs a row on a target and gives the bytes per second. What is written is
-// written past the page cache.
-func (r row) fio(b *testing.B, at target, more ...string) float64 {
+// fio runs a row on targets, one after the other, and gives the bytes per second
+// of each. What is written is written past the page cache.
+func (r row) fio(b testing.TB, on []target, more ...string) []float64 {
 	b.Helper()
-	arguments := append([]string{
-		"--name=" + r.name, "--filename=" + at.path, "--size=" + fmt.Sprint(span), "--direct=1", "--ioengine=libaio",
+	arguments := slices.Concat([]string{
+		"--size=" + fmt.Sprint(span), "--direct=1", "--ioengine=libaio", "--thread", "--stonewall",
 		"--output-format=json", "--randrepeat=0", "--norandommap=1", "--allow_mounted_write=1",
-	}, r.arguments...)
-	out, err := exec.Command("fio", append(arguments, more...)...).Output()
+	}, r.arguments, more)
+	for _, at := range on {
+		arguments = append(arguments, "--name="+at.name, "--filename="+at.path)
+	}
+	out, err := exec.Command("fio", arguments...).Output()
 	must(b, err)
 	var report struct {
 		Jobs []struct {
@@ -69,63 +74,107 @@ func (r row) fio(b *testing.B, at target, more ...string) float64 {
 		}
 	}
 	must(b, json.Unmarshal(out[bytes.IndexByte(out, '{'):], &report))
-	job := report.Jobs[0]
-	if job.Error != 0 {
-		b.Fatalf("fio on %s: error %d", at.path, job.Error)
+	if len(report.Jobs) != len(on) {
+		b.Fatalf("fio tells of %d targets of %d", len(report.Jobs), len(on))
 	}
-	return (job.Read.Bytes + job.Write.Bytes) / max(job.Read.Runtime, job.Write.Runtime) * 1000
-}
-
-// timed is how long one turn of a row is.
-func timed() []string {
-	return []string{"--time_based", "--runtime=" + pick("600ms", "300ms"), "--ramp_time=100ms"}
+	var speeds []float64
+	for i, job := range report.Jobs {
+		if job.Error != 0 {
+			b.Fatalf("fio on %s: error %d", on[i].path, job.Error)
+		}
+		speeds = append(speeds, (job.Read.Bytes+job.Write.Bytes)/max(job.Read.Runtime, job.Write.Runtime)*1000)
+	}
+	return speeds
 }
 
 // fill writes all of a target once.
-func (at target) fill(b *testing.B) {
+func (at target) fill(b testing.TB) {
 	b.Helper()
-	row{"fill", []string{"--rw=write", "--bs=1M", "--iodepth=4", "--end_fsync=1"}}.fio(b, at)
+	row{"fill", []string{"--rw=write", "--bs=1M", "--iodepth=4", "--end_fsync=1"}}.fio(b, []target{at})
 }
+
+// Of two loop devices on two new files one is faster by some percent, and another
+// pair the other way round; and what else the machine does moves single turns by
+// more. So there are new targets after a few turns, and there are more turns, up to
+// some limit, until the medians are known well enough.
+const (
+	turnsOfTargets = 7
+	moreTurns      = 5    // times as many as were asked for
+	exact          = 0.01 // standard error of the median of ratios
+)
 
 // inTurns runs rows on targets in turns, and tells for each the median of the
 // ratios to each of the references, which are the first targets; so many. The order
-// is another one in each turn, so that none has always the same one before it, and
-// what that has left to be written is written before.
-func inTurns(b *testing.B, rows []row, references int, targets ...target) {
+// is another one in each turn, so that none has always the same one before it.
+func inTurns(b *testing.B, rows []row, references int, open func(testing.TB) []target) {
 	b.Helper()
 	order := rand.New(rand.NewPCG(1, 1))
 	for _, r := range rows {
 		b.Run(r.name, func(b *testing.B) {
-			speeds := make([][]float64, len(targets))
-			for range b.N {
-				for _, at := range order.Perm(len(targets)) {
-					unix.Sync()
-					speeds[at] = append(speeds[at], r.fio(b, targets[at], timed()...))
+			var speeds [][]float64 // of each target, in each turn
+			var targets []target
+			for turns := 0; turns < b.N || turns < moreTurns*b.N && !quick && inexact(speeds, references); {
+				s := newScope(b)
+				targets = open(s)
+				if speeds == nil {
+					speeds = make([][]float64, len(targets))
 				}
+				var on []target
+				var at []int
+				for range min(turnsOfTargets, b.N) {
+					for _, i := range order.Perm(len(targets)) {
+						at, on = append(at, i), append(on, targets[i])
+					}
+				}
+				for i, speed := range r.fio(b, on, "--time_based", "--runtime=200ms", "--ramp_time=50ms") {
+					speeds[at[i]] = append(speeds[at[i]], speed)
+				}
+				turns = len(speeds[0])
+				s.end()
 			}
 			tell(b, references, targets, speeds)
 		})
 	}
 }
-
 func tell(b *testing.B, references int, targets []target, speeds [][]float64) {
 	b.Helper()
 	for i, at := range targets {
 		b.ReportMetric(quantile(speeds[i], 0.5)/1e6, at.name+"-MB/s")
 		for j := range min(i, references) {
-			ratios := make([]float64, len(speeds[i]))
-			for turn := range ratios {
-				ratios[turn] = speeds[i][turn] / speeds[j][turn]
-			}
-			reportRatio(b, ratios, at.name+"/"+targets[j].name)
+			reportRatio(b, ratios(speeds[i], speeds[j]), at.name+"/"+targets[j].name)
 		}
 	}
+	b.ReportMetric(float64(len(speeds[0])), "turns")
 	b.ReportMetric(0, "ns/op")
+}
+
+// ratios are those of two speeds in each turn.
+func ratios(of, to []float64) []float64 {
+	all := make([]float64, len(of))
+	for turn := range all {
+		all[turn] = of[turn] / to[turn]
+	}
+	return all
+}
+
+// inexact is whether a median that tell would tell is not known well enough. The
+// standard error of a median of n is 1.25 of that of their mean, which is 0.74 of
+// the distance of the quartiles by the root of n, if they are spread normally.
+func inexact(speeds [][]float64, references int) bool {
+	for i := range speeds {
+		for j := range min(i, references) {
+			all := ratios(speeds[i], speeds[j])
+			if 1.25*0.74*(quantile(all, 0.75)-quantile(all, 0.25))/math.Sqrt(float64(len(all))) > exact {
+				return true
+			}
+		}
+	}
+	return false
 }
 
 // bareLoop attaches a file of the pool's own filesystem to a loop device, as the
 // driver does, and nothing else: the limit of the mechanism.
-func bareLoop(b *testing.B, d *harness.Driver, name string) target {
+func bareLoop(b testing.TB, d *harness.Driver, name string) target {
 	b.Helper()
 	f, err := os.Create(filepath.Join(poolDir(d), name))
 	must(b, err)
@@ -135,7 +184,7 @@ func bareLoop(b *testing.B, d *harness.Driver, name string) target {
 	return attached(b, f, name)
 }
 
-func attached(b *testing.B, f *os.File, name string) target {
+func attached(b testing.TB, f *os.File, name string) target {
 	b.Helper()
 	device, err := loop.Attach(f, loop.Options{BlockSize: 4096})
 	must(b, err)
@@ -143,7 +192,7 @@ func attached(b *testing.B, f *os.File, name string) target {
 	return target{name, device.Path}
 }
 
-func plainFile(b *testing.B, d *harness.Driver) target {
+func plainFile(b testing.TB, d *harness.Driver) target {
 	b.Helper()
 	at := target{"file", filepath.Join(poolDir(d), "plain")}
 	must(b, os.WriteFile(at.path, nil, 0o600))
@@ -153,7 +202,7 @@ func plainFile(b *testing.B, d *harness.Driver) target {
 }
 
 // volume makes a volume, and gives where it is published.
-func (p *population) volume(b *testing.B, name string, c *csi.VolumeCapability, change ...func(*csi.CreateVolumeRequest)) (path, id string) {
+func (p *population) volume(b testing.TB, name string, c *csi.VolumeCapability, change ...func(*csi.CreateVolumeRequest)) (path, id string) {
 	b.Helper()
 	change = append(change, func(r *csi.CreateVolumeRequest) { r.CapacityRange.RequiredBytes = 2 * span })
 	id, err := p.create(name, c, change...)
@@ -162,9 +211,51 @@ func (p *population) volume(b *testing.B, name string, c *csi.VolumeCapability, 
 	return p.Target(name), id
 }
 
-func (p *population) remove(b *testing.B, name, id string) {
+func (p *population) remove(b testing.TB, name, id string) {
 	b.Helper()
 	must(b, first(p.unpublish(name, id), p.unstage(name, id), p.delete(id)))
+}
+
+// scope is a benchmark for what is to be cleaned up before it ends.
+type scope struct {
+	testing.TB
+	undo []func()
+}
+
+func newScope(b testing.TB) *scope {
+	s := &scope{TB: b}
+	b.Cleanup(s.end)
+	return s
+}
+
+// Cleanup is for what b.Cleanup is for.
+func (s *scope) Cleanup(undo func()) { s.undo = append(s.undo, undo) }
+
+func (s *scope) end() {
+	for len(s.undo) > 0 {
+		last := len(s.undo) - 1
+		undo := s.undo[last]
+		s.undo = s.undo[:last]
+		undo()
+	}
+}
+
+// published makes a volume, and gives the target that it is; file is the part
+// below where it is published.
+func (p *population) published(b testing.TB, name string, c *csi.VolumeCapability, file string, change ...func(*csi.CreateVolumeRequest)) target {
+	b.Helper()
+	volume := p.name()
+	path, id := p.volume(b, volume, c, change...)
+	b.Cleanup(func() { p.remove(b, volume, id) })
+	return target{name, filepath.Join(path, file)}
+}
+
+func filled(b testing.TB, targets ...target) []target {
+	b.Helper()
+	for _, at := range targets {
+		at.fill(b)
+	}
+	return targets
 }
 
 // BenchmarkBlockVolume sets block volumes that have been written against a bare
@@ -173,13 +264,12 @@ func (p *population) remove(b *testing.B, name, id string) {
 func BenchmarkBlockVolume(b *testing.B) {
 	p := &population{Driver: harness.Start(b, harness.FilePool("16Gi"))}
 	block := harness.Block(harness.Writer)
-	thin, _ := p.volume(b, "thin", block)
-	thick, _ := p.volume(b, "thick", block, harness.Parameters("provisioning", "thick"))
-	targets := []target{plainFile(b, p.Driver), bareLoop(b, p.Driver, "loop"), bareLoop(b, p.Driver, "loop-again"), {"thin", thin}, {"thick", thick}}
-	for _, at := range targets {
-		at.fill(b)
-	}
-	inTurns(b, rows, 2, targets...)
+	inTurns(b, rows, 2, func(b testing.TB) []target {
+		b.Helper()
+		return filled(b,
+			plainFile(b, p.Driver), bareLoop(b, p.Driver, "loop"), bareLoop(b, p.Driver, "loop-again"),
+			p.published(b, "thin", block, ""), p.published(b, "thick", block, "", harness.Parameters("provisioning", "thick")))
+	})
 }
 
 // BenchmarkFilesystemVolume sets a file in a filesystem volume against a file in
@@ -189,7 +279,8 @@ func BenchmarkFilesystemVolume(b *testing.B) {
 	for _, fs := range pick([]string{"ext4", "xfs"}, []string{"ext4"}) {
 		b.Run(fs, func(b *testing.B) {
 			p := &population{Driver: harness.Start(b, harness.FilePool("16Gi"))}
-			byHand := func(name string) target {
+			byHand := func(b testing.TB, name string) target {
+				b.Helper()
 				device := bareLoop(b, p.Driver, name)
 				must(b, filesystem.Make(b.Context(), device.path, filesystem.Type(fs), nil))
 				dir := filepath.Join(b.TempDir(), "mount")
@@ -198,12 +289,10 @@ func BenchmarkFilesystemVolume(b *testing.B) {
 				b.Cleanup(func() { must(b, unix.Unmount(dir, 0)) })
 				return target{name, filepath.Join(dir, "file")}
 			}
-			thin, _ := p.volume(b, "thin", harness.Mount(fs, harness.Writer))
-			targets := []target{byHand("loop"), byHand("loop-again"), {"thin", filepath.Join(thin, "file")}}
-			for _, at := range targets {
-				at.fill(b)
-			}
-			inTurns(b, rows, 1, targets...)
+			inTurns(b, rows, 1, func(b testing.TB) []target {
+				b.Helper()
+				return filled(b, byHand(b, "loop"), byHand(b, "loop-again"), p.published(b, "thin", harness.Mount(fs, harness.Writer), "file"))
+			})
 		})
 	}
 }
@@ -231,12 +320,12 @@ func BenchmarkFirstWrite(b *testing.B) {
 						must(b, f.Truncate(2*span))
 						device, err := loop.Attach(f, loop.Options{BlockSize: 4096})
 						must(b, err)
-						speed = r.fio(b, target{"loop", device.Path})
+						speed = r.fio(b, []target{{"loop", device.Path}})[0]
 						must(b, first(device.Detach(context.Background()), f.Close(), os.Remove(f.Name())))
 					} else {
 						name := p.name()
 						path, id := p.volume(b, name, block, harness.Parameters("provisioning", targets[at].name))
-						speed = r.fio(b, target{targets[at].name, path})
+						speed = r.fio(b, []target{{targets[at].name, path}})[0]
 						p.remove(b, name, id)
 					}
 					speeds[at] = append(speeds[at], speed)
@@ -280,7 +369,7 @@ func BenchmarkAfterSnapshots(b *testing.B) {
 		for range n - 1 { // between two snapshots something is written
 			defer cut(b)()
 			for _, at := range targets[1:] {
-				randomWrite.fio(b, at, "--io_size="+fmt.Sprint(span/64))
+				randomWrite.fio(b, []target{at}, "--io_size="+fmt.Sprint(span/64))
 			}
 		}
 		for _, r := range []row{randomWrite, randomRead} {
@@ -290,7 +379,7 @@ func BenchmarkAfterSnapshots(b *testing.B) {
 					undo := cut(b)
 					for i := range targets {
 						at := (i + turn) % len(targets)
-						speeds[at] = append(speeds[at], r.fio(b, targets[at], "--time_based", "--runtime="+pick("1", "500ms")))
+						speeds[at] = append(speeds[at], r.fio(b, targets[at:at+1], "--time_based", "--runtime="+pick("1", "500ms"))...)
 					}
 					undo()
 				}

@@ -82,7 +82,7 @@ func each(b *testing.B, atOnce, n int, work func(i int) error) {
 	}
 }
 
-func must(b *testing.B, err error) {
+func must(b testing.TB, err error) {
 	b.Helper()
 	if err != nil {
 		b.Fatal(err)

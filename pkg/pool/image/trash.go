@@ -90,7 +90,7 @@ func (e *Engine) discard(dir string) error {
 	if moveErr != nil && !errors.Is(moveErr, fs.ErrNotExist) {
 		return moveErr
 	}
-	syncErr := syncDir(e.root, path.Dir(dir))
+	syncErr := e.syncs[path.Dir(dir)].do()
 	if moveErr == nil {
 		e.throw(entry)
 	}

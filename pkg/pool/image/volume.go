@@ -250,10 +250,14 @@ func (e *Engine) stage(dir string) (*staged, error) {
 // stageAt begins to make a directory of the pool at that place in .staging.
 func (e *Engine) stageAt(dir, at string) (_ *staged, err error) {
 	s := &staged{engine: e, dir: dir, at: at}
-	if err := e.remove(s.at); err != nil {
-		return nil, fmt.Errorf("removing what an earlier try left: %w", err)
+	err = e.root.Mkdir(s.at, 0o700)
+	if errors.Is(err, fs.ErrExist) {
+		if err := e.remove(s.at); err != nil {
+			return nil, fmt.Errorf("removing what an earlier try left: %w", err)
+		}
+		err = e.root.Mkdir(s.at, 0o700)
 	}
-	if err := e.root.Mkdir(s.at, 0o700); err != nil {
+	if err != nil {
 		return nil, noSpace(err)
 	}
 	if s.data, err = e.root.OpenFile(path.Join(s.at, dataFile), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600); err != nil {
@@ -283,7 +287,7 @@ func (s *staged) place() error {
 		return noSpace(err)
 	}
 	s.placed = true
-	return noSpace(syncDir(s.engine.root, path.Dir(s.dir)))
+	return noSpace(s.engine.syncs[path.Dir(s.dir)].do())
 }
 
 // undo removes all of it again.

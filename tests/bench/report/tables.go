@@ -40,6 +40,7 @@ func (r run) document(dir string) error {
 		"router":      r.router,
 		"targets":     r.targets,
 		"sessions":    r.sessions,
+		"spread":      r.spread,
 		"value":       func(name, unit string, digits int) string { return r.value(name, unit, digits) },
 	}).Parse(page)
 	if err != nil {

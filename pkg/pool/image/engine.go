@@ -108,7 +108,7 @@ type Engine struct {
 	trash    trash
 	holds    holds
 	seen     devices
-	syncs    map[string]*together // of the directories that many calls change
+	syncs    map[string]*together // of volumes/ and snapshots/, which many calls change
 
 	mu               sync.Mutex // guards what follows; never held across I/O
 	volumes          catalog[pool.Volume]
@@ -153,7 +153,7 @@ func Open(ctx context.Context, o Options) (_ *Engine, err error) {
 		return nil, fmt.Errorf("opening pool directory: %w", err)
 	}
 	e.syncs = map[string]*together{}
-	for _, dir := range []string{volumesDir, snapshotsDir, stagingDir} {
+	for _, dir := range []string{volumesDir, snapshotsDir} {
 		e.syncs[dir] = &together{run: func() error { return syncDir(e.root, dir) }}
 	}
 	if e.resolved, err = filepath.EvalSymlinks(e.dir); err != nil {

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 )
 
 // What was done before a call of do is done before the run that it waits for, and
@@ -49,46 +50,35 @@ func TestARunIsOfAllThatWasDoneBeforeItWasAskedFor(t *testing.T) {
 	}
 }
 
-// Those who ask while it runs share the next run.
-func TestThoseWhoAskMeanwhileShareTheNextRun(t *testing.T) {
-	begun, goOn := make(chan struct{}), make(chan struct{})
-	var runs atomic.Int64
-	all := together{run: func() error {
-		if runs.Add(1) == 1 {
-			close(begun)
-			<-goOn
-			return nil
+func TestThoseWhoAskWhileItRunsShareTheNextRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		goOn := make(chan struct{})
+		var runs atomic.Int64
+		all := together{run: func() error {
+			if runs.Add(1) == 1 {
+				<-goOn
+				return nil
+			}
+			return errors.New("the second fails")
+		}}
+		go func() {
+			if err := all.do(); err != nil {
+				t.Errorf("the first run: %v", err)
+			}
+		}()
+		synctest.Wait()
+		for range 8 {
+			go func() {
+				if err := all.do(); err == nil {
+					t.Error("the second run's error is not told")
+				}
+			}()
 		}
-		return errors.New("the second fails")
-	}}
-	var calls sync.WaitGroup
-	calls.Go(func() {
-		if err := all.do(); err != nil {
-			t.Errorf("the first run: %v", err)
+		synctest.Wait()
+		close(goOn)
+		synctest.Wait()
+		if n := runs.Load(); n != 2 {
+			t.Errorf("there were %d runs for one call and eight during it", n)
 		}
 	})
-	<-begun
-	var asked sync.WaitGroup
-	for range 8 {
-		asked.Add(1)
-		calls.Go(func() {
-			asked.Done()
-			if err := all.do(); err == nil {
-				t.Error("the second run's error is not told")
-			}
-		})
-	}
-	asked.Wait()
-	for waiting := 0; waiting == 0; {
-		all.mu.Lock()
-		if all.next != nil {
-			waiting = 1
-		}
-		all.mu.Unlock()
-	}
-	close(goOn)
-	calls.Wait()
-	if n := runs.Load(); n > 3 {
-		t.Errorf("there were %d runs for one call and eight others", n)
-	}
 }

@@ -106,7 +106,11 @@ func serve(t *testing.T, services *fakeServices, drain time.Duration) *served {
 	csi.RegisterSnapshotMetadataServer(s.calls.server, services)
 	ctx, stop := context.WithCancel(t.Context())
 	s.stop = stop
-	go func() { s.ended <- s.calls.serve(ctx) }()
+	gone := make(chan struct{})
+	go func() {
+		defer close(gone)
+		s.ended <- s.calls.serve(ctx)
+	}()
 	var err error
 	if s.conn, err = grpc.NewClient("unix://"+l.path, grpc.WithTransportCredentials(insecure.NewCredentials())); err != nil {
 		t.Fatal(err)
@@ -114,6 +118,7 @@ func serve(t *testing.T, services *fakeServices, drain time.Duration) *served {
 	t.Cleanup(func() {
 		s.conn.Close()
 		stop()
+		<-gone // it logs, and what it logs to is put back after this
 	})
 	s.client = csi.NewControllerClient(s.conn)
 	return s

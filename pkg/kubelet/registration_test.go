@@ -191,9 +191,8 @@ func TestWhatADeadDriverLeftIsReplacedAndNothingElse(t *testing.T) {
 func TestWithoutItsDirectoryThereIsNoRegistration(t *testing.T) {
 	r, end := offered(t)
 	watchOnce(t, r, &registration.RegistrationStatus{PluginRegistered: true})
-	if err := os.RemoveAll(r.Directory); err != nil {
-		t.Fatal(err)
-	}
+	// While it is removed the socket may be offered in it once more.
+	eventually(t, "removed", func() bool { return os.RemoveAll(r.Directory) == nil })
 	eventually(t, "no longer accepted", func() bool { return !r.Accepted() })
 	if err := end(); err == nil || !strings.Contains(err.Error(), r.Directory) {
 		t.Errorf("it ends with %v", err)

@@ -185,11 +185,11 @@ func TestAMissingSyncIsCaught(t *testing.T) {
 		},
 		{
 			"the directory of the volumes", "pool/image/volume.go",
-			"	s.placed = true\n	return noSpace(syncDir(s.engine.root, path.Dir(s.dir)))", "	s.placed = true\n	return nil", "CreateVolume",
+			"	s.placed = true\n	return noSpace(s.engine.syncs[path.Dir(s.dir)].do())", "	s.placed = true\n	return nil", "CreateVolume",
 		},
 		{
 			"a deletion", "pool/image/trash.go",
-			"syncErr := syncDir(e.root, path.Dir(dir))", "syncErr := error(nil)", "DeleteVolume",
+			"syncErr := e.syncs[path.Dir(dir)].do()", "syncErr := error(nil)", "DeleteVolume",
 		},
 	} {
 		t.Run(m.name, func(t *testing.T) {

@@ -35,9 +35,8 @@ func (t *together) do() error {
 	}
 	t.running = true
 	t.mu.Unlock()
-	err := t.run()
-	t.hand()
-	return err
+	defer t.hand()
+	return t.run()
 }
 
 // hand ends a run, and begins the next one if somebody waits for it.

@@ -23,13 +23,19 @@ const soon = 30 * time.Second
 // it ends.
 func offered(t *testing.T) (*kubelet.Registration, func() error) {
 	t.Helper()
+	r := prepared(t)
+	return r, start(t, r)
+}
+
+// prepared gives a registration in a directory of its own.
+func prepared(t *testing.T) *kubelet.Registration {
+	t.Helper()
 	dir, err := os.MkdirTemp("", "orlop-") //nolint:usetesting // t.TempDir is too long for a socket
 	if err != nil {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	r := &kubelet.Registration{Directory: dir, Driver: "csi.orlop.dev", Endpoint: "/somewhere/csi.sock", Versions: []string{"1.13.0"}}
-	return r, start(t, r)
+	return &kubelet.Registration{Directory: dir, Driver: "csi.orlop.dev", Endpoint: "/somewhere/csi.sock", Versions: []string{"1.13.0"}}
 }
 
 func start(t *testing.T, r *kubelet.Registration) (end func() error) {
@@ -189,13 +195,22 @@ func TestWhatADeadDriverLeftIsReplacedAndNothingElse(t *testing.T) {
 }
 
 func TestWithoutItsDirectoryThereIsNoRegistration(t *testing.T) {
-	r, end := offered(t)
+	r := prepared(t)
+	ended := make(chan error, 1)
+	go func() { ended <- r.Serve(t.Context()) }()
 	watchOnce(t, r, &registration.RegistrationStatus{PluginRegistered: true})
 	// While it is removed the socket may be offered in it once more.
 	eventually(t, "removed", func() bool { return os.RemoveAll(r.Directory) == nil })
-	eventually(t, "no longer accepted", func() bool { return !r.Accepted() })
-	if err := end(); err == nil || !strings.Contains(err.Error(), r.Directory) {
-		t.Errorf("it ends with %v", err)
+	select {
+	case err := <-ended: // by itself
+		if err == nil || !strings.Contains(err.Error(), r.Directory) {
+			t.Errorf("it ends with %v", err)
+		}
+	case <-time.After(soon):
+		t.Fatal("it does not end")
+	}
+	if r.Accepted() {
+		t.Error("it is accepted still")
 	}
 	none := &kubelet.Registration{Directory: filepath.Join(r.Directory, "none"), Driver: "csi.orlop.dev"}
 	if err := none.Serve(t.Context()); err == nil || !strings.Contains(err.Error(), none.Directory) {

@@ -93,10 +93,9 @@ func (at target) fill(b testing.TB) {
 	row{"fill", []string{"--rw=write", "--bs=1M", "--iodepth=4", "--end_fsync=1"}}.fio(b, []target{at})
 }
 
-// Of two loop devices on two new files one is faster by some percent, and another
-// pair the other way round; and what else the machine does moves single turns by
-// more. So there are new targets after a few turns, and there are more turns, up to
-// some limit, until the medians are known well enough.
+// Two bare loop devices may differ by some percent over a whole run, and single
+// turns by more. So there are new targets after a few turns, and there are more
+// turns, up to some limit, until the medians are known well enough.
 const (
 	turnsOfTargets = 7
 	moreTurns      = 5    // times as many as were asked for
